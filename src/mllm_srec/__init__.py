@@ -1,0 +1,1 @@
+"""MLLM-SRec: next-item recommendation with a multimodal large language model."""

@@ -1,0 +1,214 @@
+"""One typed tree = one YAML file = the command line's `--set section.key=value` flags.
+
+Unknown keys are refused with the nearest known name. Presets are dictionaries laid over the defaults.
+"""
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mllm_srec.errors import UsageError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Section):
+    """How a log becomes histories."""
+
+    repeats: Literal["first", "keep"] = "first"
+    """Keep a user's first event with an item only, or every repeat."""
+    min_history: int = Field(3, ge=3)
+    """Users with fewer events get no target; their events still count."""
+    protocol: Literal["leave_last_out", "global_time"] = "leave_last_out"
+    tie_rule: Literal["file_order", "strict"] = "file_order"
+    """`strict`: a history holds only events earlier than the target's time."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+
+
+class ModelConfig(_Section):
+    """Which multimodal LLM, and how it runs."""
+
+    name: str = "embedded"
+    """`embedded`, a Hugging Face name, or a folder in transformers' format."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    device: str = "auto"
+    batch_size: int = Field(32, ge=1)
+    """Prompts generated together."""
+
+
+class ItemsConfig(_Section):
+    """Stage 1, item understanding."""
+
+    text_words: int = Field(60, ge=5)
+    """Words of an item's own description that enter the fusion prompt."""
+    answer_tokens: int = Field(12, ge=1)
+    """New tokens per visual question."""
+    description_tokens: int = Field(40, ge=8)
+    """New tokens of the fused description."""
+
+
+class UsersConfig(_Section):
+    """Stage 2, temporal user comprehension."""
+
+    last: int = Field(30, ge=1)
+    """Newest events that enter a state."""
+    window: int = Field(10, ge=1)
+    step: int = Field(10, ge=1)
+    summary_tokens: int = Field(24, ge=4)
+    recent: int = Field(5, ge=0)
+    """Newest items that enter the ranking prompt in raw short form."""
+
+
+class RetrievalConfig(_Section):
+    """Candidates from co-occurrence and content."""
+
+    candidates: int = Field(20, ge=2)
+    content_weights: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+    """Weights of the content score that validation chooses from."""
+
+
+class TrainingConfig(_Section):
+    """Stage 3, LoRA fine-tuning; one row is one user with a positive and its negatives."""
+
+    rows: int = Field(600, ge=0)
+    """Training rows per epoch at most; 0 ranks without fine-tuning."""
+    epochs: int = Field(1, ge=1)
+    negatives: int = Field(8, ge=1)
+    rank: int = Field(16, ge=1)
+    top_layers: int = Field(12, ge=1)
+    """Only this many of the language model's last layers are adapted."""
+    learning_rate: float = Field(1e-3, gt=0)
+    accumulate: int = Field(4, ge=1)
+    """Rows per optimiser step."""
+    save_steps: int = Field(25, ge=1)
+
+
+class EvaluationConfig(_Section):
+    """Full-catalogue metrics with bootstrap intervals over users."""
+
+    cutoffs: tuple[int, ...] = (5, 10, 20)
+    choosing_users: int = Field(400, ge=1)
+    """Validation targets at most that choose the fusion weights."""
+    users: int | None = Field(None, ge=1)
+    """Test targets at most (a seeded sample); none means all."""
+    bootstrap: int = Field(1000, ge=100)
+
+
+class Config(_Section):
+    """Everything a run depends on besides the data."""
+
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    items: ItemsConfig = ItemsConfig()
+    users: UsersConfig = UsersConfig()
+    retrieval: RetrievalConfig = RetrievalConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "embedded": {},
+    "gpu": {
+        "model": {"name": "Qwen/Qwen3-VL-2B-Instruct", "batch_size": 128},
+        "users": {"last": 50, "step": 5},
+        "retrieval": {"candidates": 100},
+        "training": {"rows": 20000, "learning_rate": 2e-4, "top_layers": 1000},
+    },
+}
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _known_names(location: tuple[int | str, ...]) -> list[str]:
+    node: Any = Config
+    for key in location:
+        node = node.model_fields[str(key)].annotation
+    return list(node.model_fields)
+
+
+def _explain(error: ValidationError, source: str) -> UsageError:
+    lines = []
+    for problem in error.errors():
+        *above, last = problem["loc"]
+        place = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = _known_names(tuple(above))
+            near = get_close_matches(str(last), known, n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+            lines.append(f"unknown key '{place}': {hint}")
+        else:
+            lines.append(f"'{place}': {problem['msg']} (got {problem['input']!r})")
+    return UsageError(f"{source}: " + "; ".join(lines))
+
+
+def build_config(values: dict[str, Any], source: str = "configuration") -> Config:
+    """Validate a nested dictionary.
+
+    Raises:
+        UsageError: a key is unknown (the nearest known one is named) or a value has the wrong type or range.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, source) from None
+
+
+def load_config(path: str | Path | None = None, preset: str = "embedded", overrides: tuple[str, ...] = ()) -> Config:
+    """Defaults, then `preset`, then the YAML file at `path`, then `overrides` of the form `section.key=value`.
+
+    Raises:
+        UsageError: the preset, the file, a key or a value is not usable.
+    """
+    if preset not in PRESETS:
+        raise UsageError(f"unknown preset '{preset}': choose one of {', '.join(PRESETS)}")
+    values = PRESETS[preset]
+    source = f"preset {preset}"
+    if path is not None:
+        source = str(path)
+        values = _merge(values, read_yaml(Path(path)))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UsageError(f"'{override}' is not of the form section.key=value")
+        nested: Any = yaml.safe_load(text)
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        values = _merge(values, nested)
+        source = f"--set {override}"
+    return build_config(values, source)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping; an empty file is an empty mapping.
+
+    Raises:
+        UsageError: the file is missing, is not YAML, or holds something else than a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such configuration file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not readable as YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: expected 'section:' mappings, found {type(values).__name__}")
+    return values
+
+
+def dump_config(config: Config) -> str:
+    """The YAML text that `load_config` reads back to an equal `Config`."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
