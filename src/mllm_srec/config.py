@@ -44,9 +44,13 @@ class ModelConfig(_Section):
 class ItemsConfig(_Section):
     """Stage 1, item understanding."""
 
+    questions: tuple[Literal["kind", "colours", "pattern", "style"], ...] = ("kind",)
+    """Asked about every picture; a small model answers the first, a larger one all."""
+    fusion: Literal["compose", "generate"] = "compose"
+    """`compose`: the item's own words and what was seen; `generate`: the model writes, checked for invention."""
     text_words: int = Field(60, ge=5)
     """Words of an item's own description that enter the fusion prompt."""
-    answer_tokens: int = Field(12, ge=1)
+    answer_tokens: int = Field(8, ge=1)
     """New tokens per visual question."""
     description_tokens: int = Field(40, ge=8)
     """New tokens of the fused description."""
@@ -59,6 +63,8 @@ class UsersConfig(_Section):
     """Newest events that enter a state."""
     window: int = Field(10, ge=1)
     step: int = Field(10, ge=1)
+    summary: Literal["score", "generate"] = "score"
+    """`score`: the model weighs phrases the window's items share; `generate`: it writes the summary."""
     summary_tokens: int = Field(24, ge=4)
     recent: int = Field(5, ge=0)
     """Newest items that enter the ranking prompt in raw short form."""
@@ -116,7 +122,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "embedded": {},
     "gpu": {
         "model": {"name": "Qwen/Qwen3-VL-2B-Instruct", "batch_size": 128},
-        "users": {"last": 50, "step": 5},
+        "items": {"questions": ["kind", "colours", "pattern", "style"], "fusion": "generate", "answer_tokens": 16},
+        "users": {"last": 50, "step": 5, "summary": "generate"},
         "retrieval": {"candidates": 100},
         "training": {"rows": 20000, "learning_rate": 2e-4, "top_layers": 1000},
     },

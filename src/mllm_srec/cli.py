@@ -1,0 +1,294 @@
+"""The command line: one function per command, heavy imports inside, so that `--help` answers at once."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from mllm_srec.recommender import Answer
+
+app = typer.Typer(
+    help="Next-item recommendation with a multimodal large language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+WorkspaceArgument = Annotated[Path, typer.Argument(metavar="WS", help="The workspace folder.", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change a configuration key, e.g. users.window=5."),
+]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="A YAML file of configuration keys.")]
+
+
+@app.command()
+def sample(
+    folder: Annotated[Path, typer.Argument(help="Where the sample shop is written.", show_default=False)],
+    users: Annotated[int, typer.Option(min=3, help="Simulated users; at least 600 for measuring.")] = 60,
+    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+) -> None:
+    """Write the sample shop: drawn pictures, simulated users, and the truth behind them."""
+    from mllm_srec.data.sample import write_sample
+
+    write_sample(folder, users=users, seed=seed)
+    typer.echo(f"Sample shop in {folder}: pictures are drawn, users are simulated; the truth is in truth.json.")
+
+
+@app.command()
+def ingest(
+    data: Annotated[Path, typer.Argument(help="A folder or file of raw data.", show_default=False)],
+    workspace: WorkspaceArgument,
+    fmt: Annotated[
+        str, typer.Option("--format", help="auto, table, movielens, amazon, hm, microlens or recbole.")
+    ] = "auto",
+    preset: Annotated[str, typer.Option(help="embedded (two CPU cores) or gpu.")] = "embedded",
+    config: ConfigOption = None,
+    on_bad_row: Annotated[str | None, typer.Option(help="stop or skip; skipped rows are counted and listed.")] = None,
+    change: SetOption = None,
+) -> None:
+    """Read raw data, check every row, and make a workspace."""
+    from mllm_srec.config import load_config
+    from mllm_srec.data.readers import read
+    from mllm_srec.workspace import Workspace
+
+    overrides = [*(change or []), *([f"data.on_bad_row={on_bad_row}"] if on_bad_row else [])]
+    settings = load_config(config, preset, tuple(overrides))
+    dataset = read(data, fmt, settings.data.on_bad_row).with_repeats(settings.data.repeats)
+    made = Workspace.create(workspace, settings, dataset)
+    states = made.pictures().group_by("state").len().sort("state").rows()
+    pictures = ", ".join(f"{count:,} {state}" for state, count in states)
+    typer.echo(
+        f"{dataset.name}: {dataset.interactions['user_id'].n_unique():,} users, {dataset.items.height:,} items, "
+        f"{dataset.interactions.height:,} interactions; repeats: {dataset.repeats} ({dataset.repeats_dropped:,} "
+        f"dropped); pictures: {pictures}; rows skipped: {dataset.skipped.height:,}"
+    )
+    for row in dataset.skipped.head(10).iter_rows(named=True):
+        typer.echo(f"  skipped {row['file']} line {row['line']}, {row['column']}: {row['reason']}", err=True)
+
+
+def _change_config(workspace: Any, change: list[str] | None) -> None:
+    from mllm_srec.config import Config, load_config
+
+    if change:
+        settings: Config = load_config(workspace.root / "config.yaml", overrides=tuple(change))
+        if settings.data.repeats != workspace.config.data.repeats:
+            from mllm_srec.errors import UsageError
+
+            raise UsageError("data.repeats is applied when data is read: make a new workspace with `mllm-srec ingest`")
+        workspace.save_config(settings)
+
+
+def _stage(path: Path, change: list[str] | None, name: str) -> Any:
+    """Run one stage, by its method's name, under the workspace's lock."""
+    from mllm_srec.pipeline import Pipeline
+    from mllm_srec.workspace import Workspace
+
+    workspace = Workspace.open(path)
+    with workspace.writing():
+        _change_config(workspace, change)
+        pipeline: Pipeline = Pipeline(workspace)
+        return getattr(pipeline, name)()
+
+
+@app.command()
+def describe(workspace: WorkspaceArgument, change: SetOption = None) -> None:
+    """Stage 1: pictures and texts become one description per item."""
+    _stage(workspace, change, "describe")
+
+
+@app.command()
+def comprehend(workspace: WorkspaceArgument, change: SetOption = None) -> None:
+    """Stage 2: histories become window summaries, dynamic preferences and profiles."""
+    _stage(workspace, change, "comprehend")
+
+
+@app.command()
+def retrieve(workspace: WorkspaceArgument, change: SetOption = None) -> None:
+    """Embed the catalogue and choose how candidates are drawn."""
+    weight = _stage(workspace, change, "retrieve")
+    typer.echo(f"content weight chosen on validation: {weight}")
+
+
+@app.command()
+def train(workspace: WorkspaceArgument, change: SetOption = None) -> None:
+    """Stage 3: fine-tune the model (LoRA) on packed instruction records."""
+    _stage(workspace, change, "train")
+
+
+@app.command()
+def evaluate(workspace: WorkspaceArgument, change: SetOption = None, as_json: JsonOption = False) -> None:
+    """Full-catalogue metrics of every system on the same users."""
+    result = _stage(workspace, change, "evaluate")
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+    else:
+        print_metrics(result)
+
+
+@app.command()
+def run(
+    workspace: WorkspaceArgument,
+    change: SetOption = None,
+    examples: Annotated[int, typer.Option(min=0, help="Users whose lists are shown at the end.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Do all stages that are not done yet, then show the metrics and a few users' lists."""
+    from mllm_srec.pipeline import Pipeline
+    from mllm_srec.recommender import Recommender
+    from mllm_srec.workspace import Workspace
+
+    opened = Workspace.open(workspace)
+    with opened.writing():
+        _change_config(opened, change)
+        pipeline = Pipeline(opened)
+        result = pipeline.run()
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+        return
+    print_metrics(result)
+    if examples:
+        recommender = Recommender(opened, pipeline.mllm)
+        for user in pipeline.histories.users[:examples]:
+            print_answer(recommender.recommend(user=user, k=5, explain=True))
+
+
+@app.command()
+def recommend(
+    workspace: WorkspaceArgument,
+    user: Annotated[str | None, typer.Option(help="A user of the log.")] = None,
+    history: Annotated[
+        str | None, typer.Option(help="Item ids, oldest first, separated by commas, for somebody new.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Length of the list.")] = 10,
+    explain: Annotated[bool, typer.Option("--explain", help="Add a checked reason to every item.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Ranked items for a user of the log, or for a history from outside."""
+    from dataclasses import asdict
+
+    from mllm_srec.errors import UsageError
+    from mllm_srec.recommender import Recommender
+    from mllm_srec.workspace import Workspace
+
+    if (user is None) == (history is None):
+        raise UsageError("give exactly one of --user and --history")
+    ids = [part.strip() for part in history.split(",") if part.strip()] if history is not None else None
+    answer = Recommender(Workspace.open(workspace)).recommend(user=user, history=ids, k=k, explain=explain)
+    if as_json:
+        typer.echo(json.dumps(_finite(asdict(answer)), indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        print_answer(answer)
+
+
+@app.command()
+def doctor(workspace: Annotated[Path | None, typer.Argument(metavar="[WS]", show_default=False)] = None) -> None:
+    """Versions, devices, the embedded model's parts, and the state of a workspace."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from mllm_srec import __version__
+    from mllm_srec.mllm.embedded import missing_packages
+    from mllm_srec.workspace import Workspace
+
+    typer.echo(f"mllm-srec {__version__}, python {sys.version.split()[0]}")
+    for package in ("torch", "transformers", "peft", "lancedb", "polars", "pillow"):
+        try:
+            typer.echo(f"  {package} {version(package)}")
+        except PackageNotFoundError:
+            typer.echo(f"  {package} MISSING: pip install {package}")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    typer.echo(f"device: {device}")
+    missing = missing_packages()
+    typer.echo(
+        "embedded model: " + (f"missing {', '.join(missing)}: run `make setup`" if missing else "all parts installed")
+    )
+    if workspace is not None:
+        opened = Workspace.open(workspace)
+        typer.echo(f"workspace {workspace}:")
+        for table in ("item_texts", "item_embeddings", "user_windows", "user_states", "scores"):
+            typer.echo(f"  {table}: {opened.count(table):,} rows")
+        finished = (opened.run("main") / "manifest.json").exists()
+        typer.echo(f"  run main: {'finished' if finished else 'not finished: mllm-srec run ' + str(workspace)}")
+
+
+def print_metrics(result: dict[str, Any]) -> None:
+    """The metric table: mean [95 % interval] per system, and the gain over retrieval where it is the best guide."""
+    from rich.console import Console
+    from rich.table import Table
+
+    about = result["conditions"]
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    table = Table(
+        title=f"{about['data']}: {about['targets']} targets of {about['users']} users, {about['items']} items"
+    )
+    metrics = [name for name in next(iter(result["systems"].values())) if name.endswith("@10") or name == "MRR"]
+    table.add_column("system")
+    for name in metrics:
+        table.add_column(f"{name} [95 %]", justify="right")
+    table.add_column(f"NDCG@10 over {result['reference']}", justify="right")
+    for system, values in result["systems"].items():
+        cells = [f"{values[m]['mean']:.4f} [{values[m]['low']:.4f}, {values[m]['high']:.4f}]" for m in metrics]
+        gain = values.get("NDCG@10", {})
+        against = f"{gain['gain']:+.4f} (p = {gain['p']:.3f})" if "gain" in gain else ""
+        table.add_row(system, *cells, against)
+    console.print(table)
+    chosen = result["choices"]
+    console.print(
+        f"{about['protocol']}, ties in time: {about['tie_rule']}, repeats: {about['repeats']}, {about['catalogue']}; "
+        f"tied scores: {about['ties']}; the first {about['reranked']} of retrieval are reranked and hold "
+        f"{result['targets_among_candidates']:.1%} of the targets; chosen on {result['choosing_targets']} "
+        f"content weight {chosen['content_weight']}, fusion {chosen['fusion']}; intervals: {about['intervals']}.",
+        highlight=False,
+    )
+
+
+def print_answer(answer: "Answer") -> None:
+    """One user's list for reading."""
+    typer.echo(f"\nUser {answer.user or '(history from outside)'}")
+    typer.echo(f"  profile:    {answer.profile}")
+    typer.echo(f"  lately:     {answer.preference}")
+    typer.echo(f"  last:       {'; '.join(answer.recent)}")
+    for place, item in enumerate(answer.items, start=1):
+        typer.echo(f"  {place:2d}. {item.title}  [{item.item_id}]  {item.score:+.2f}")
+        if item.reason:
+            typer.echo(f"      {item.reason} (by {item.reason_by})")
+
+
+def _finite(value: Any) -> Any:
+    """NaN (no score: the item was not ranked by the model) as null, for JSON."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+def main() -> None:
+    """Entry point: errors for people are printed without a traceback; exit codes 0, 1 (failed), 2 (wrong use)."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from mllm_srec.errors import MllmSrecError
+
+    try:
+        app()
+    except MllmSrecError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        typer.echo(f"error: {error.strerror or error}: {error.filename or ''}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("stopped; finished rows are kept, the same command goes on from there", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

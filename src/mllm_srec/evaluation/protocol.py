@@ -1,0 +1,126 @@
+"""Full-catalogue evaluation of several systems on the same targets, with intervals over users.
+
+A target's place is counted among all items the user has not chosen before; a tied block counts as the expectation
+over its random orders.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mllm_srec import metrics
+from mllm_srec.config import Config
+from mllm_srec.data.dataset import Dataset, Histories
+from mllm_srec.data.split import Split, Targets
+
+Scorer = Callable[[Sequence[np.ndarray]], np.ndarray]
+"""Histories (item positions, oldest first) -> float32 (B, I) scores of the whole catalogue."""
+
+BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Places:
+    """Per target: items strictly above it and items tied with it, int64 (T,)."""
+
+    greater: np.ndarray
+    ties: np.ndarray
+
+
+def histories_of(histories: Histories, targets: Targets) -> list[np.ndarray]:
+    """The items visible to each target, oldest first."""
+    return [histories.of(int(u), int(e)) for u, e in zip(targets.user, targets.end, strict=True)]
+
+
+def target_items(histories: Histories, targets: Targets) -> np.ndarray:
+    """int (T,): catalogue position of each target."""
+    return histories.item[histories.offsets[targets.user] + targets.position]
+
+
+def place_targets(histories: Histories, targets: Targets, scorer: Scorer) -> Places:
+    """Where `scorer` puts each target in the full catalogue, items of its own history masked."""
+    greater, ties = [], []
+    seen, wanted = histories_of(histories, targets), target_items(histories, targets)
+    for start in range(0, len(seen), BLOCK):
+        block = seen[start : start + BLOCK]
+        above, equal = metrics.places(scorer(block), wanted[start : start + BLOCK], block)
+        greater.append(above)
+        ties.append(equal)
+    if not greater:
+        return Places(np.zeros(0, np.int64), np.zeros(0, np.int64))
+    return Places(np.concatenate(greater), np.concatenate(ties))
+
+
+def place_reranked(retrieved: Places, items: np.ndarray, fused: np.ndarray, target: np.ndarray) -> Places:
+    """Where a list of K, reranked by `fused` (T, K) and followed by the rest in retrieval order, puts each target.
+
+    A target outside its list stays behind all K: its tied items inside the list have gone before it.
+    """
+    inside = items == target[:, None]
+    held = inside.any(1)
+    k = items.shape[1]
+    greater, ties = retrieved.greater.copy(), retrieved.ties.copy()
+    cut_off = ~held & (greater < k)
+    ties[cut_off] = greater[cut_off] + ties[cut_off] - k
+    greater[cut_off] = k
+    if held.any():
+        own = np.take_along_axis(fused[held], inside[held].argmax(1)[:, None], 1)
+        greater[held] = (fused[held] > own).sum(1)
+        ties[held] = (fused[held] == own).sum(1) - 1
+    return Places(greater, ties)
+
+
+def per_target(places: Places, cutoffs: Sequence[int]) -> dict[str, np.ndarray]:
+    """{"Recall@k", "NDCG@k" for each cutoff, "MRR"}: float64 (T,)."""
+    values = {}
+    for k in cutoffs:
+        values[f"Recall@{k}"] = metrics.recall(places.greater, places.ties, k)
+        values[f"NDCG@{k}"] = metrics.ndcg(places.greater, places.ties, k)
+    values["MRR"] = metrics.mrr(places.greater, places.ties)
+    return values
+
+
+def compare(
+    systems: dict[str, Places], reference: str, users: np.ndarray, config: Config
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Per system and metric: mean, low, high (95 % bootstrap over users) and, against `reference`, the paired
+    difference with its interval and p-value.
+    """
+    values = {name: per_target(places, config.evaluation.cutoffs) for name, places in systems.items()}
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    samples, seed = config.evaluation.bootstrap, config.seed
+    for name, of_system in values.items():
+        table[name] = {}
+        for metric, per in of_system.items():
+            interval = metrics.bootstrap(per, users, samples, seed)
+            row = {"mean": interval.mean, "low": interval.low, "high": interval.high}
+            if name != reference:
+                paired = metrics.paired_bootstrap(per, values[reference][metric], users, samples, seed)
+                row |= {"gain": paired.mean, "gain_low": paired.low, "gain_high": paired.high, "p": paired.p_value}
+            table[name][metric] = row
+    return table
+
+
+def conditions(dataset: Dataset, split: Split, targets: Targets, config: Config) -> dict[str, Any]:
+    """What a figure depends on, to stand beside it."""
+    return {
+        "data": dataset.name,
+        "users": len(np.unique(targets.user)),
+        "items": dataset.items.height,
+        "targets": len(targets),
+        "protocol": split.protocol,
+        "tie_rule": split.tie_rule,
+        "repeats": dataset.repeats,
+        "repeats_dropped": dataset.repeats_dropped,
+        "min_history": split.min_history,
+        "users_too_short": split.users_too_short,
+        "targets_without_history": split.targets_without_history,
+        "catalogue": "full, items of the user's history masked",
+        "ties": "expectation over random orders",
+        "reranked": config.retrieval.candidates,
+        "intervals": f"95 %, bootstrap over users, {config.evaluation.bootstrap} samples",
+        "model": config.model.name,
+        "seed": config.seed,
+    }

@@ -1,0 +1,45 @@
+"""Stage 3: one instruction per user and candidate, in a direct and a chain-of-thought form (Sci Rep 2025, Table 1)."""
+
+from collections.abc import Sequence
+
+VERSION = "ranking-1"
+
+SYSTEM = "You predict which item a user chooses next."
+QUESTION = "\nWill the user choose this item next? Answer Yes or No."
+QUESTION_COT = "\nSay which facts of this item meet or miss the user's taste, then answer Yes or No."
+
+
+def prefix(profile: str, preference: str, recent: Sequence[str]) -> str:
+    """What all candidates of a user share: steps 1 and 2 of the chain of thought (what stays, what moves)."""
+    last = "\nLast choices, oldest first:\n" + "\n".join(f"- {line}" for line in recent) if recent else ""
+    return f"The user {profile}.\nLately the user: {preference}.{last}\nItem: "
+
+
+def candidate(title: str, category: str, description: str) -> str:
+    """An item as a candidate: short text, because a picture is paid for once, at fusion."""
+    return ". ".join(part.rstrip(".") for part in (title, category, description) if part) + "."
+
+
+def line(title: str, category: str) -> str:
+    """An item in raw short form, as it stands in histories."""
+    return f"{title} ({category})" if title and category else title or category or "item without text"
+
+
+def rationale(meets: Sequence[str], like: Sequence[str], chosen: bool) -> str:
+    """Step 3 of the chain of thought and the answer: the facts that meet the taste, the events they remind of."""
+    because = f"It meets the taste for {', '.join(meets)}" if meets else "None of its facts meets the known taste"
+    events = f", like {' and '.join(like)}" if like else ""
+    return f"{because}{events}. {'Yes' if chosen else 'No'}"
+
+
+def together(event: str) -> str:
+    """A reason from the log: users who chose `event` chose this item as well."""
+    return f"Often chosen by those who chose {event}"
+
+
+def similar(event: str) -> str:
+    """A reason from content: the text is close to that of an item in the history."""
+    return f"Close in content to {event}"
+
+
+POPULAR = "Chosen by many users; no fact of it meets the known taste"

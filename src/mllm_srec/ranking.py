@@ -1,0 +1,236 @@
+"""Stage 3, ranking: readings of the packed pass, their fusion with retrieval, and checked reasons.
+
+Readings per candidate: the odds of "Yes", and the mean log-likelihood of its text; each also minus the same reading for
+the empty user, which takes out what the item says for itself. Fusion adds within-user standardised scores.
+"""
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from mllm_srec import metrics
+from mllm_srec.errors import ModelError
+from mllm_srec.items import Catalogue, unsupported_words
+from mllm_srec.mllm.base import Mllm
+from mllm_srec.prompts import ranking as prompts
+from mllm_srec.records import (
+    Evidence,
+    empty_user,
+    explain_prompt,
+    find_evidence,
+    ranking_request,
+    rationale,
+)
+from mllm_srec.users import UserState, state_key
+from mllm_srec.workspace import Job, Table, Workspace, fingerprint
+
+SCORES = Table("scores", pa.schema([("odds", pa.list_(pa.float32())), ("loglik", pa.list_(pa.float32()))]))
+PRIORS = Table("item_priors", pa.schema([("odds", pa.float32()), ("loglik", pa.float32())]))
+
+WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0)
+REASON_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """The frozen choice: weights of the two readings beside retrieval's 1, and whether the empty user is subtracted."""
+
+    odds: float
+    loglik: float
+    subtract_empty: bool
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Candidate lists with what every reading says of them.
+
+    items int32 (B, K) catalogue positions; retrieval, odds, loglik float32 (B, K).
+    """
+
+    items: np.ndarray
+    retrieval: np.ndarray
+    odds: np.ndarray
+    loglik: np.ndarray
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why an item is shown; `by` is "model" where its own words passed the check, else "evidence"."""
+
+    text: str
+    by: str
+    facts: tuple[str, ...]
+    events: tuple[str, ...]
+    """Item ids of the history."""
+
+
+def standardise(scores: np.ndarray) -> np.ndarray:
+    """(B, K) scores with mean 0 and deviation 1 within each row; a constant row becomes 0."""
+    centred = scores - scores.mean(1, keepdims=True)
+    deviation = centred.std(1, keepdims=True)
+    return np.divide(centred, deviation, out=np.zeros_like(centred), where=deviation > 1e-12)
+
+
+def fuse(candidates: Candidates, priors: np.ndarray, fusion: Fusion) -> np.ndarray:
+    """float64 (B, K) fused scores; `priors` float32 (I, 2) are the empty user's odds and log-likelihoods per item."""
+    odds, loglik = candidates.odds.astype(np.float64), candidates.loglik.astype(np.float64)
+    if fusion.subtract_empty:
+        odds = odds - priors[candidates.items, 0]
+        loglik = loglik - priors[candidates.items, 1]
+    retrieval = standardise(candidates.retrieval.astype(np.float64))
+    return retrieval + fusion.odds * standardise(odds) + fusion.loglik * standardise(loglik)
+
+
+def choose_fusion(candidates: Candidates, priors: np.ndarray, target: np.ndarray, cutoff: int = 10) -> Fusion:
+    """The grid point with the best NDCG@`cutoff` over lists whose target is `target` (B,); ties go to smaller weights.
+
+    A target outside its list scores 0 whatever the weights, so only the lists that hold it decide.
+    """
+    inside = candidates.items == target[:, None]
+    held = inside.any(1)
+    best, chosen = -1.0, Fusion(0.0, 0.0, False)
+    if not held.any():
+        return chosen
+    subset = Candidates(
+        *(values[held] for values in (candidates.items, candidates.retrieval, candidates.odds, candidates.loglik))
+    )
+    place = inside[held].argmax(1)
+    nothing_masked = np.zeros(subset.items.shape, dtype=bool)
+    grid = sorted(itertools.product(WEIGHTS, WEIGHTS, (False, True)), key=lambda g: (g[0] + g[1], g))
+    for odds, loglik, subtract in grid:
+        fusion = Fusion(odds, loglik, subtract)
+        greater, ties = metrics.places(fuse(subset, priors, fusion), place, nothing_masked)
+        value = float(metrics.ndcg(greater, ties, cutoff).mean())
+        if value > best + 1e-12:
+            best, chosen = value, fusion
+    return chosen
+
+
+def item_priors(workspace: Workspace, mllm: Mllm, catalogue: Catalogue) -> np.ndarray:
+    """float32 (I, 2): odds and mean log-likelihood of every item for the empty user; stored and reused."""
+    nobody = empty_user()
+    jobs = [
+        Job(item_id, fingerprint(catalogue.candidates[i], prompts.VERSION, mllm.identity), i)
+        for i, item_id in enumerate(catalogue.ids)
+    ]
+
+    def compute(batch: list[Job]) -> list[dict[str, object]]:
+        scores = mllm.score([ranking_request(nobody, catalogue, [job.payload for job in batch])])[0]
+        return [{"status": "ok", "reason": "", "odds": float(odds), "loglik": float(loglik)} for odds, loglik in scores]
+
+    workspace.produce(PRIORS, jobs, compute, batch=64, label="rank: items for the empty user")
+    rows = {row["key"]: row for row in workspace.rows(PRIORS).iter_rows(named=True)}
+    return np.array([[rows[i]["odds"], rows[i]["loglik"]] for i in catalogue.ids], dtype=np.float32)
+
+
+def item_priors_of(workspace: Workspace, mllm: Mllm, catalogue: Catalogue, items: np.ndarray) -> np.ndarray:
+    """float32 (I, 2): as `item_priors` but for `items` only and without writing; stored rows where they still hold."""
+    rows = {row["key"]: row for row in workspace.rows(PRIORS).iter_rows(named=True)}
+    priors = np.zeros((len(catalogue.ids), 2), dtype=np.float32)
+    missing = []
+    for i in items:
+        row = rows.get(catalogue.ids[i])
+        if row and row["fingerprint"] == fingerprint(catalogue.candidates[i], prompts.VERSION, mllm.identity):
+            priors[i] = row["odds"], row["loglik"]
+        else:
+            missing.append(int(i))
+    if missing:
+        priors[missing] = mllm.score([ranking_request(empty_user(), catalogue, missing)])[0]
+    return priors
+
+
+def score_lists(
+    workspace: Workspace,
+    mllm: Mllm,
+    catalogue: Catalogue,
+    states: Sequence[UserState],
+    items: np.ndarray,
+    retrieval: np.ndarray,
+    label: str,
+    batch: int = 4,
+) -> Candidates:
+    """Read every candidate list `items` (B, K) under its user's state; stored and reused by fingerprint.
+
+    Raises:
+        ModelError: scores are not finite, or are all equal over every list.
+    """
+    keys, jobs = [], {}
+    for state, row in zip(states, items, strict=True):
+        request = ranking_request(state, catalogue, row)
+        words = [part for part in request.prefix.parts if isinstance(part, str)]
+        mark = fingerprint(*words, *request.candidates, prompts.VERSION, mllm.identity)
+        keys.append(json.dumps([label, state_key(state.user_id, state.end)], ensure_ascii=False))
+        jobs[keys[-1]] = Job(keys[-1], mark, request)  # targets tied in time share a state, and with it a list
+
+    def compute(batch_jobs: list[Job]) -> list[dict[str, object]]:
+        scores = mllm.score([job.payload for job in batch_jobs])
+        return [{"status": "ok", "reason": "", "odds": s[:, 0].tolist(), "loglik": s[:, 1].tolist()} for s in scores]
+
+    workspace.produce(SCORES, list(jobs.values()), compute, batch=batch, label=f"rank: {label}")
+    rows = {row["key"]: row for row in workspace.rows(SCORES).iter_rows(named=True)}
+    odds = np.array([rows[key]["odds"] for key in keys], dtype=np.float32).reshape(items.shape)
+    loglik = np.array([rows[key]["loglik"] for key in keys], dtype=np.float32).reshape(items.shape)
+    check_scores(odds, loglik)
+    return Candidates(items, retrieval, odds, loglik)
+
+
+def check_scores(odds: np.ndarray, loglik: np.ndarray) -> None:
+    """Refuse scores that cannot rank.
+
+    Raises:
+        ModelError: not finite, or one and the same value everywhere.
+    """
+    for name, values in (("odds of Yes", odds), ("log-likelihoods", loglik)):
+        if not np.isfinite(values).all():
+            raise ModelError(f"the model gave {name} that are not finite: try model.dtype=float32")
+        if values.size > 1 and np.ptp(values) == 0:
+            raise ModelError(f"the model gave the same {name} for every candidate: the prompt does not reach it")
+
+
+def explain(
+    mllm: Mllm,
+    catalogue: Catalogue,
+    state: UserState,
+    history: np.ndarray,
+    items: Sequence[int],
+    together: Sequence[int | None],
+    similar: Sequence[int | None],
+) -> list[Reason]:
+    """A checked reason per shown item.
+
+    The model writes step 3 of the chain of thought. Its words are shown only if every content word occurs in the item,
+    the state or the evidence; otherwise the reason is composed from the evidence: shared facts, else the history item
+    chosen `together` with it most often, else the one most `similar` in content (catalogue positions or None).
+    """
+    if len(items) == 0:
+        return []
+    asked = [explain_prompt(state, catalogue, item) for item in items]
+    written = mllm.generate(asked, REASON_TOKENS)
+    reasons = []
+    for item, text, company, kin in zip(items, written, together, similar, strict=True):
+        found = find_evidence(state, catalogue, item, history)
+        events = tuple(catalogue.ids[i] for i in found.like)
+        sentence = " ".join(text.split()).removesuffix(" Yes").removesuffix(" No").strip()
+        sources = [catalogue.candidates[item], state.profile, state.preference, rationale(found, catalogue, True)]
+        sound = bool(sentence) and bool(found.meets) and not unsupported_words(sentence, *sources)
+        if sound and any(fact in sentence.lower() for fact in found.meets):
+            reasons.append(Reason(sentence, "model", found.meets, events))
+        else:
+            reasons.append(_from_evidence(catalogue, found, events, company, kin))
+    return reasons
+
+
+def _from_evidence(
+    catalogue: Catalogue, found: Evidence, events: tuple[str, ...], company: int | None, kin: int | None
+) -> Reason:
+    if found.meets:
+        text = rationale(found, catalogue, True).removesuffix(" Yes")
+        return Reason(text, "evidence", found.meets, events)
+    for other, wording in ((company, prompts.together), (kin, prompts.similar)):
+        if other is not None:
+            return Reason(wording(catalogue.lines[other]) + ".", "evidence", (), (catalogue.ids[other],))
+    return Reason(prompts.POPULAR + ".", "evidence", (), ())

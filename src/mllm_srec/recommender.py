@@ -1,0 +1,208 @@
+"""Recommender: the stages behind one object, for users of the log and for a history from outside."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+
+from mllm_srec.errors import StoreError, UsageError
+from mllm_srec.items import Catalogue, load_embeddings
+from mllm_srec.mllm.load import load_mllm
+from mllm_srec.mllm.local import LocalMllm
+from mllm_srec.ranking import Candidates, Fusion, Reason, check_scores, explain, fuse, item_priors_of
+from mllm_srec.records import ranking_request
+from mllm_srec.retrieval import Retriever
+from mllm_srec.users import UserState, comprehend_history, disliked_events, low_rating
+from mllm_srec.workspace import Workspace, read_manifest
+
+RUN = "main"
+CHOICES = "choices.json"
+ADAPTER = "adapter"
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What validation chose and the test and the service then use."""
+
+    content_weight: float
+    fusion: Fusion
+
+    @classmethod
+    def read(cls, folder: Path) -> "Choices":
+        """Read `choices.json` of a run."""
+        values = json.loads((folder / CHOICES).read_text(encoding="utf-8"))
+        return cls(values["content_weight"], Fusion(**values["fusion"]))
+
+    def dump(self) -> str:
+        """The text that `read` understands."""
+        return json.dumps({"content_weight": self.content_weight, "fusion": asdict(self.fusion)}, indent=2)
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One place of a list."""
+
+    item_id: str
+    title: str
+    score: float
+    """Fused score: within-user standardised, comparable inside this list only."""
+    retrieval: float
+    odds: float
+    """Log-odds of Yes over No."""
+    reason: str | None = None
+    reason_by: str | None = None
+    """"model" (its words passed the check) or "evidence" (composed from facts and events)."""
+    facts: tuple[str, ...] = ()
+    events: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A list with what the system knows of the user."""
+
+    user: str | None
+    profile: str
+    preference: str
+    recent: tuple[str, ...]
+    """Titles of the newest choices, oldest first."""
+    items: tuple[Recommendation, ...]
+
+
+class Recommender:
+    """Ranked items with reasons, from a workspace that `run` has finished.
+
+    Example:
+        >>> recommender = Recommender(Workspace.open("shop"))        # doctest: +SKIP
+        >>> recommender.recommend(user="u17", k=5, explain=True)     # doctest: +SKIP
+        >>> recommender.recommend(history=["i3", "i9"], k=5)         # doctest: +SKIP
+    """
+
+    def __init__(self, workspace: Workspace, mllm: LocalMllm | None = None) -> None:
+        """Load data, choices, retriever (fitted on every event) and, unless given, the model with the run's adapter.
+
+        Raises:
+            StoreError: the workspace has no finished run.
+        """
+        folder = workspace.run(RUN)
+        if not (folder / "manifest.json").exists():
+            raise StoreError(f"{workspace.root} has no finished run: run `mllm-srec run {workspace.root}` first")
+        read_manifest(folder)
+        self.workspace = workspace
+        self.config = workspace.config
+        self.choices = Choices.read(folder)
+        self.dataset = workspace.dataset()
+        self.histories = self.dataset.histories()
+        self.catalogue = Catalogue.load(workspace)
+        self.retriever = Retriever.fit(
+            self.histories,
+            np.ones(len(self.histories.item), dtype=bool),
+            load_embeddings(workspace, self.catalogue),
+            self.choices.content_weight,
+        )
+        self.mllm = mllm or load_mllm(self.config.model)
+        if mllm is None and (folder / ADAPTER / "manifest.json").exists():
+            self.mllm.load_adapter(folder / ADAPTER)
+        self._place = {item_id: i for i, item_id in enumerate(self.catalogue.ids)}
+        self._users = {user_id: i for i, user_id in enumerate(self.histories.users)}
+        self._low = low_rating(self.histories)
+
+    def recommend(
+        self,
+        user: str | None = None,
+        history: Sequence[str] | None = None,
+        k: int = 10,
+        explain: bool = False,
+    ) -> Answer:
+        """The `k` best items for a user of the log, or for a `history` of item ids (oldest first) from outside.
+
+        At most `retrieval.candidates` items are ranked by the model; a longer list goes on in retrieval order.
+
+        Raises:
+            UsageError: not exactly one of `user` and `history`; an unknown user or item; `k` below 1.
+        """
+        if (user is None) == (history is None):
+            raise UsageError("give exactly one of user=... and history=[...]")
+        if k < 1:
+            raise UsageError(f"k must be at least 1, not {k}")
+        if user is not None:
+            items, state = self._known(user)
+        else:
+            items, state = self._outside(history or [])
+        return self._answer(user, items, state, k, explain)
+
+    def _known(self, user: str) -> tuple[np.ndarray, UserState]:
+        if user not in self._users:
+            near = get_close_matches(user, self._users, n=3)
+            raise UsageError(
+                f"unknown user {user!r}"
+                + (f": did you mean {', '.join(near)}?" if near else "")
+                + " For somebody new, give a history of item ids (--history)."
+            )
+        index = self._users[user]
+        items = self.histories.of(index)
+        own = slice(self.histories.offsets[index], self.histories.offsets[index + 1])
+        time = None if self.histories.time is None else self.histories.time[own]
+        low = disliked_events(self.histories, index, self._low)
+        return items, comprehend_history(self.mllm, self.catalogue, items, self.config.users, user, time, low)
+
+    def _outside(self, history: Sequence[str]) -> tuple[np.ndarray, UserState]:
+        unknown = [item_id for item_id in history if item_id not in self._place]
+        if unknown:
+            near = get_close_matches(unknown[0], self._place, n=3)
+            raise UsageError(
+                f"{len(unknown)} of {len(history)} items are not in the catalogue (first: {unknown[0]!r}"
+                + (f"; close: {', '.join(near)})" if near else ")")
+            )
+        items = np.array([self._place[item_id] for item_id in history], dtype=np.int32)
+        return items, comprehend_history(self.mllm, self.catalogue, items, self.config.users)
+
+    def _answer(self, user: str | None, items: np.ndarray, state: UserState, k: int, reasons: bool) -> Answer:
+        depth = min(max(k, self.config.retrieval.candidates), len(self.catalogue.ids) - len(set(items.tolist())))
+        listed, retrieval = self.retriever.candidates([items], depth)
+        ranked = min(self.config.retrieval.candidates, depth)
+        head = listed[:, :ranked]
+        scores = self.mllm.score([ranking_request(state, self.catalogue, head[0])])[0]
+        check_scores(scores[:, 0], scores[:, 1])
+        priors = item_priors_of(self.workspace, self.mllm, self.catalogue, head[0])
+        read = Candidates(head, retrieval[:, :ranked], scores[None, :, 0], scores[None, :, 1])
+        fused = fuse(read, priors, self.choices.fusion)[0]
+        order = np.argsort(-fused, kind="stable")
+        best = [(int(head[0, j]), float(fused[j]), float(retrieval[0, j]), float(scores[j, 0])) for j in order]
+        best += [
+            (int(listed[0, j]), float("nan"), float(retrieval[0, j]), float("nan"))
+            for j in range(ranked, listed.shape[1])
+        ]
+        shown = best[:k]
+        said = self._reasons(state, items, [item for item, *_ in shown]) if reasons else [None] * len(shown)
+        rows = self.dataset.items
+        return Answer(
+            user=user,
+            profile=state.profile,
+            preference=state.preference,
+            recent=tuple(self.catalogue.lines[i] for i in state.recent),
+            items=tuple(
+                Recommendation(
+                    item_id=self.catalogue.ids[item],
+                    title=str(rows["title"][item]) or self.catalogue.candidates[item],
+                    score=score,
+                    retrieval=base,
+                    odds=odds,
+                    reason=why.text if why else None,
+                    reason_by=why.by if why else None,
+                    facts=why.facts if why else (),
+                    events=why.events if why else (),
+                )
+                for (item, score, base, odds), why in zip(shown, said, strict=True)
+            ),
+        )
+
+    def _reasons(self, state: UserState, history: np.ndarray, items: list[int]) -> list[Reason]:
+        together, similar = [], []
+        for item in items:
+            company, kin = self.retriever.nearest_events(history, item)
+            together.append(company)
+            similar.append(kin)
+        return explain(self.mllm, self.catalogue, state, history, items, together, similar)
