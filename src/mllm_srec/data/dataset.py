@@ -100,6 +100,8 @@ class Dataset:
         log = check.keep(log, known, "item_id", "item {item_id} of the log is not in the catalogue")
         if has_time:
             log = check.keep(log, pl.col("timestamp").is_not_null(), "timestamp", "the time is missing")
+        else:
+            log = log.with_columns(timestamp=pl.lit(None, dtype=pl.Int64))
         for frame, what in ((items, "items"), (log, "interactions")):
             if frame.height == 0:
                 raise DataError(f"{name}: no {what} left: the file is empty or every row was skipped")
