@@ -113,10 +113,12 @@ def _read_pictures(
         said = [(i, prompt, answer) for i, prompt, answer in zip(with_picture, looking, answers, strict=True) if answer]
         if not said:
             continue
-        continuations = [f" {answer}" for _, _, answer in said]
-        evidence = mllm.loglik([prompt for _, prompt, _ in said], continuations)
-        evidence = evidence - mllm.loglik([blind] * len(said), continuations)
+        evidence = mllm.loglik([prompt for _, prompt, _ in said], [f" {answer}" for _, _, answer in said])
+        distinct = sorted({answer for _, _, answer in said})
+        without = mllm.loglik([blind] * len(distinct), [f" {answer}" for answer in distinct])
+        unseen = dict(zip(distinct, without, strict=True))
         for (i, _, answer), gain in zip(said, evidence, strict=True):
+            gain -= unseen[answer]
             if gain >= MIN_EVIDENCE and answer not in seen[i]:
                 seen[i].append(answer)
     return [", ".join(answers) for answers in seen]

@@ -1,4 +1,8 @@
-"""The stages in order: describe, comprehend, retrieve, train, evaluate; each resumable, all of them in `run`."""
+"""The stages in order: describe, retrieve, comprehend, train, evaluate; each resumable, all of them in `run`.
+
+Retrieval comes before comprehension because it says which states are needed: reranking cannot move a target that is not
+among its candidates, so neither its user's state nor its list is read by the model.
+"""
 
 import json
 from dataclasses import dataclass
@@ -16,6 +20,7 @@ from mllm_srec.evaluation import protocol
 from mllm_srec.mllm.load import load_mllm
 from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.mllm.text_encoder import TextEncoder
+from mllm_srec.progress import say
 from mllm_srec.recommender import ADAPTER, CHOICES, RUN, Choices
 from mllm_srec.records import training_record
 from mllm_srec.workspace import Workspace, atomic_write, write_manifest
@@ -31,6 +36,15 @@ class Chosen:
     training: Targets
     choosing: Targets
     test: Targets
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Candidate lists of targets: items int32 and scores float32 (T, K); held bool (T,), the target is among them."""
+
+    items: np.ndarray
+    scores: np.ndarray
+    held: np.ndarray
 
 
 class Pipeline:
@@ -70,21 +84,27 @@ class Pipeline:
         items.describe(self.workspace, self.mllm)
         self.__dict__.pop("catalogue", None)
 
-    def comprehend(self) -> None:
-        """Stage 2: the states of every target this run trains, chooses and tests on."""
-        parts = (self.chosen.training, self.chosen.choosing, self.chosen.test)
-        wanted = [(int(u), int(e)) for part in parts for u, e in zip(part.user, part.end, strict=True)]
-        users.comprehend(self.workspace, self.mllm, self.catalogue, wanted)
-
     def retrieve(self) -> float:
         """Embed the catalogue and choose the content weight on validation; it is stored with the run's choices."""
         weight = retrieval.choose_content_weight(
             self.histories, self.split, self.embeddings, self.config.retrieval.content_weights
         )
         folder = self.workspace.run(RUN)
-        fusion = Choices.read(folder).fusion if (folder / CHOICES).exists() else ranking.Fusion(0.0, 0.0, False)
+        fusion = Choices.read(folder).fusion if (folder / CHOICES).exists() else ranking.Fusion(1.0, 0.0, 0.0, False)
         atomic_write(folder / CHOICES, Choices(weight, fusion).dump())
         return weight
+
+    def comprehend(self) -> None:
+        """Stage 2: the states of the training targets, and of the targets whose candidates hold them."""
+        wanted = [self.chosen.training]
+        for targets, seen in (
+            (self.chosen.choosing, self.split.seen_validation),
+            (self.chosen.test, self.split.seen_test),
+        ):
+            held = self._lists(targets, self._retriever(seen)).held
+            wanted.append(targets.take(np.flatnonzero(held)))
+        pairs = [(int(u), int(e)) for part in wanted for u, e in zip(part.user, part.end, strict=True)]
+        users.comprehend(self.workspace, self.mllm, self.catalogue, pairs)
 
     def train(self) -> None:
         """Stage 3: LoRA on packed rows. Negatives come from a retriever that has not seen the training targets."""
@@ -115,42 +135,50 @@ class Pipeline:
         if (folder / ADAPTER / "manifest.json").exists() and not self.mllm.has_adapter:
             self.mllm.load_adapter(folder / ADAPTER)
         weight = Choices.read(folder).content_weight
-        priors = ranking.item_priors(self.workspace, self.mllm, self.catalogue)
-        states = users.load_states(self.workspace, self.catalogue)
-
-        choosing = self._read(
-            self.chosen.choosing, self._retriever(self.split.seen_validation, weight), states, "validation"
-        )
-        fusion = ranking.choose_fusion(choosing, priors, protocol.target_items(self.histories, self.chosen.choosing))
+        choosing, test = self.chosen.choosing, self.chosen.test
+        retriever = self._retriever(self.split.seen_test)
+        lists = {
+            "validation": self._lists(choosing, self._retriever(self.split.seen_validation)),
+            "test": self._lists(test, retriever),
+        }
+        read = {
+            label: self._read(targets, lists[label], label)
+            for label, targets in (("validation", choosing), ("test", test))
+        }
+        shown = np.unique(np.concatenate([of_part.items.ravel() for of_part in read.values()]))
+        priors = ranking.item_priors(self.workspace, self.mllm, self.catalogue, shown)
+        held = lists["validation"].held
+        if not held.any():
+            say("evaluate: no validation list holds its target, so the model gets no weight beside retrieval")
+        wanted = protocol.target_items(self.histories, choosing)[held]
+        fusion = ranking.choose_fusion(read["validation"], priors, wanted)
         atomic_write(folder / CHOICES, Choices(weight, fusion).dump())
 
-        test = self.chosen.test
-        retriever = self._retriever(self.split.seen_test, weight)
-        read = self._read(test, retriever, states, "test")
         places = {
             "popularity": self._place(lambda block: np.repeat(retriever.popularity[None], len(block), 0)),
             "co-occurrence": self._place(retriever.cooccurrence.scores),
             "content": self._place(retriever.content.scores),
             RETRIEVED: self._place(retriever.scores),
         }
-        wanted = protocol.target_items(self.histories, test)
-        for name, choice in (
-            ("MLLM odds alone", ranking.Fusion(1.0, 0.0, fusion.subtract_empty)),
-            ("MLLM likelihood alone", ranking.Fusion(0.0, 1.0, fusion.subtract_empty)),
-        ):
-            alone = ranking.fuse(read, priors, choice) - ranking.standardise(read.retrieval.astype(np.float64))
-            places[name] = protocol.place_reranked(places[RETRIEVED], read.items, alone, wanted)
-        fused = ranking.fuse(read, priors, fusion)
-        places[RERANKED] = protocol.place_reranked(places[RETRIEVED], read.items, fused, wanted)
+        rows = (
+            ("MLLM odds alone", ranking.Fusion(0.0, 1.0, 0.0, fusion.subtract_empty)),
+            ("MLLM likelihood alone", ranking.Fusion(0.0, 0.0, 1.0, fusion.subtract_empty)),
+            (RERANKED, fusion),
+        )
+        wanted, listed = protocol.target_items(self.histories, test), lists["test"]
+        for name, choice in rows:
+            fused = np.zeros(listed.items.shape)
+            fused[listed.held] = ranking.fuse(read["test"], priors, choice)
+            places[name] = protocol.place_reranked(places[RETRIEVED], listed.items, fused, wanted)
 
-        held = (read.items == wanted[:, None]).any(1)
         result = {
             "version": __version__,
             "conditions": protocol.conditions(self.dataset, self.split, test, self.config),
             "choices": json.loads(Choices(weight, fusion).dump()),
-            "choosing_targets": len(self.chosen.choosing),
+            "choosing_targets": len(choosing),
+            "choosing_targets_among_candidates": int(held.sum()),
             "training_rows": len(self.chosen.training) * self.config.training.epochs if self.mllm.has_adapter else 0,
-            "targets_among_candidates": float(held.mean()),
+            "targets_among_candidates": float(listed.held.mean()),
             "reference": RETRIEVED,
             "systems": protocol.compare(places, RETRIEVED, test.user, self.config),
         }
@@ -161,8 +189,8 @@ class Pipeline:
     def run(self) -> dict[str, Any]:
         """All stages; what is done already is reused."""
         self.describe()
-        self.comprehend()
         self.retrieve()
+        self.comprehend()
         self.train()
         return self.evaluate()
 
@@ -180,29 +208,36 @@ class Pipeline:
             test=_sample(self.split.test, evaluation.users, generator),
         )
 
-    def _retriever(self, seen: np.ndarray, weight: float | None = None) -> retrieval.Retriever:
-        if weight is None:
-            weight = Choices.read(self.workspace.run(RUN)).content_weight
+    def _retriever(self, seen: np.ndarray) -> retrieval.Retriever:
+        weight = Choices.read(self.workspace.run(RUN)).content_weight
         return retrieval.Retriever.fit(self.histories, seen, self.embeddings, weight)
 
     def _place(self, scorer: protocol.Scorer) -> protocol.Places:
         return protocol.place_targets(self.histories, self.chosen.test, scorer)
 
-    def _read(
-        self,
-        targets: Targets,
-        retriever: retrieval.Retriever,
-        states: dict[tuple[str, int], users.UserState],
-        label: str,
-    ) -> ranking.Candidates:
+    def _lists(self, targets: Targets, retriever: retrieval.Retriever) -> Lists:
+        seen = protocol.histories_of(self.histories, targets)
+        items_of_lists, scores = retriever.candidates(seen, self.config.retrieval.candidates)
+        wanted = protocol.target_items(self.histories, targets)
+        return Lists(items_of_lists, scores, (items_of_lists == wanted[:, None]).any(1))
+
+    def _read(self, targets: Targets, lists: Lists, label: str) -> ranking.Candidates:
+        """What the model says of the lists that hold their target; rows in the order of those."""
+        states = users.load_states(self.workspace, self.catalogue)
+        part = targets.take(np.flatnonzero(lists.held))
         of_targets = [
             users.state_of(states, self.histories.users[user], int(end))
-            for user, end in zip(targets.user, targets.end, strict=True)
+            for user, end in zip(part.user, part.end, strict=True)
         ]
-        listed, scores = retriever.candidates(
-            protocol.histories_of(self.histories, targets), self.config.retrieval.candidates
+        return ranking.score_lists(
+            self.workspace,
+            self.mllm,
+            self.catalogue,
+            of_targets,
+            lists.items[lists.held],
+            lists.scores[lists.held],
+            label,
         )
-        return ranking.score_lists(self.workspace, self.mllm, self.catalogue, of_targets, listed, scores, label)
 
 
 def _sample(targets: Targets, limit: int | None, generator: np.random.Generator) -> Targets:

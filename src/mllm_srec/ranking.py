@@ -37,8 +37,9 @@ REASON_TOKENS = 48
 
 @dataclass(frozen=True)
 class Fusion:
-    """The frozen choice: weights of the two readings beside retrieval's 1, and whether the empty user is subtracted."""
+    """The frozen choice: weights of retrieval and of the two readings, and whether the empty user is subtracted."""
 
+    retrieval: float
     odds: float
     loglik: float
     subtract_empty: bool
@@ -72,7 +73,8 @@ def standardise(scores: np.ndarray) -> np.ndarray:
     """(B, K) scores with mean 0 and deviation 1 within each row; a constant row becomes 0."""
     centred = scores - scores.mean(1, keepdims=True)
     deviation = centred.std(1, keepdims=True)
-    return np.divide(centred, deviation, out=np.zeros_like(centred), where=deviation > 1e-12)
+    standardised: np.ndarray = np.divide(centred, deviation, out=np.zeros_like(centred), where=deviation > 1e-12)
+    return standardised
 
 
 def fuse(candidates: Candidates, priors: np.ndarray, fusion: Fusion) -> np.ndarray:
@@ -82,65 +84,72 @@ def fuse(candidates: Candidates, priors: np.ndarray, fusion: Fusion) -> np.ndarr
         odds = odds - priors[candidates.items, 0]
         loglik = loglik - priors[candidates.items, 1]
     retrieval = standardise(candidates.retrieval.astype(np.float64))
-    return retrieval + fusion.odds * standardise(odds) + fusion.loglik * standardise(loglik)
+    said: np.ndarray = fusion.odds * standardise(odds) + fusion.loglik * standardise(loglik)
+    return fusion.retrieval * retrieval + said
 
 
 def choose_fusion(candidates: Candidates, priors: np.ndarray, target: np.ndarray, cutoff: int = 10) -> Fusion:
     """The grid point with the best NDCG@`cutoff` over lists whose target is `target` (B,); ties go to smaller weights.
 
-    A target outside its list scores 0 whatever the weights, so only the lists that hold it decide.
+    A target outside its list scores 0 whatever the weights, so only the lists that hold it decide; where none does,
+    retrieval stands alone.
     """
     inside = candidates.items == target[:, None]
     held = inside.any(1)
-    best, chosen = -1.0, Fusion(0.0, 0.0, False)
+    best, chosen = -1.0, Fusion(1.0, 0.0, 0.0, False)
     if not held.any():
         return chosen
     subset = Candidates(
         *(values[held] for values in (candidates.items, candidates.retrieval, candidates.odds, candidates.loglik))
     )
     place = inside[held].argmax(1)
-    nothing_masked = np.zeros(subset.items.shape, dtype=bool)
     grid = sorted(itertools.product(WEIGHTS, WEIGHTS, (False, True)), key=lambda g: (g[0] + g[1], g))
     for odds, loglik, subtract in grid:
-        fusion = Fusion(odds, loglik, subtract)
-        greater, ties = metrics.places(fuse(subset, priors, fusion), place, nothing_masked)
+        fusion = Fusion(1.0, odds, loglik, subtract)
+        greater, ties = metrics.places(fuse(subset, priors, fusion), place)
         value = float(metrics.ndcg(greater, ties, cutoff).mean())
         if value > best + 1e-12:
             best, chosen = value, fusion
     return chosen
 
 
-def item_priors(workspace: Workspace, mllm: Mllm, catalogue: Catalogue) -> np.ndarray:
-    """float32 (I, 2): odds and mean log-likelihood of every item for the empty user; stored and reused."""
-    nobody = empty_user()
-    jobs = [
-        Job(item_id, fingerprint(catalogue.candidates[i], prompts.VERSION, mllm.identity), i)
-        for i, item_id in enumerate(catalogue.ids)
-    ]
+def item_priors(workspace: Workspace, mllm: Mllm, catalogue: Catalogue, items: np.ndarray) -> np.ndarray:
+    """float32 (I, 2): odds and mean log-likelihood of `items` (positions) for the empty user; NaN for all others.
+
+    They are stored and reused.
+    """
+    jobs = [Job(catalogue.ids[i], _prior_mark(mllm, catalogue, i), int(i)) for i in items]
 
     def compute(batch: list[Job]) -> list[dict[str, object]]:
-        scores = mllm.score([ranking_request(nobody, catalogue, [job.payload for job in batch])])[0]
+        scores = mllm.score([ranking_request(empty_user(), catalogue, [job.payload for job in batch])])[0]
         return [{"status": "ok", "reason": "", "odds": float(odds), "loglik": float(loglik)} for odds, loglik in scores]
 
     workspace.produce(PRIORS, jobs, compute, batch=64, label="rank: items for the empty user")
+    priors = np.full((len(catalogue.ids), 2), np.nan, dtype=np.float32)
     rows = {row["key"]: row for row in workspace.rows(PRIORS).iter_rows(named=True)}
-    return np.array([[rows[i]["odds"], rows[i]["loglik"]] for i in catalogue.ids], dtype=np.float32)
+    for i in items:
+        priors[i] = rows[catalogue.ids[i]]["odds"], rows[catalogue.ids[i]]["loglik"]
+    return priors
 
 
-def item_priors_of(workspace: Workspace, mllm: Mllm, catalogue: Catalogue, items: np.ndarray) -> np.ndarray:
-    """float32 (I, 2): as `item_priors` but for `items` only and without writing; stored rows where they still hold."""
+def stored_priors(workspace: Workspace, mllm: Mllm, catalogue: Catalogue, items: np.ndarray) -> np.ndarray:
+    """As `item_priors` without writing: stored rows where they still hold, the others computed for this call."""
     rows = {row["key"]: row for row in workspace.rows(PRIORS).iter_rows(named=True)}
-    priors = np.zeros((len(catalogue.ids), 2), dtype=np.float32)
+    priors = np.full((len(catalogue.ids), 2), np.nan, dtype=np.float32)
     missing = []
     for i in items:
         row = rows.get(catalogue.ids[i])
-        if row and row["fingerprint"] == fingerprint(catalogue.candidates[i], prompts.VERSION, mllm.identity):
+        if row and row["fingerprint"] == _prior_mark(mllm, catalogue, i):
             priors[i] = row["odds"], row["loglik"]
         else:
             missing.append(int(i))
     if missing:
         priors[missing] = mllm.score([ranking_request(empty_user(), catalogue, missing)])[0]
     return priors
+
+
+def _prior_mark(mllm: Mllm, catalogue: Catalogue, item: int) -> str:
+    return fingerprint(catalogue.candidates[item], prompts.VERSION, mllm.identity)
 
 
 def score_lists(

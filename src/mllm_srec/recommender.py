@@ -12,7 +12,7 @@ from mllm_srec.errors import StoreError, UsageError
 from mllm_srec.items import Catalogue, load_embeddings
 from mllm_srec.mllm.load import load_mllm
 from mllm_srec.mllm.local import LocalMllm
-from mllm_srec.ranking import Candidates, Fusion, Reason, check_scores, explain, fuse, item_priors_of
+from mllm_srec.ranking import Candidates, Fusion, Reason, check_scores, explain, fuse, stored_priors
 from mllm_srec.records import ranking_request
 from mllm_srec.retrieval import Retriever
 from mllm_srec.users import UserState, comprehend_history, disliked_events, low_rating
@@ -32,9 +32,18 @@ class Choices:
 
     @classmethod
     def read(cls, folder: Path) -> "Choices":
-        """Read `choices.json` of a run."""
-        values = json.loads((folder / CHOICES).read_text(encoding="utf-8"))
-        return cls(values["content_weight"], Fusion(**values["fusion"]))
+        """Read `choices.json` of a run.
+
+        Raises:
+            StoreError: nothing has been chosen yet, or the file is damaged.
+        """
+        try:
+            values = json.loads((folder / CHOICES).read_text(encoding="utf-8"))
+            return cls(values["content_weight"], Fusion(**values["fusion"]))
+        except FileNotFoundError:
+            raise StoreError(f"{folder / CHOICES} is missing: run `mllm-srec retrieve WS` first") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{folder / CHOICES} is damaged ({error}): run `mllm-srec retrieve WS` again") from error
 
     def dump(self) -> str:
         """The text that `read` understands."""
@@ -143,8 +152,7 @@ class Recommender:
             )
         index = self._users[user]
         items = self.histories.of(index)
-        own = slice(self.histories.offsets[index], self.histories.offsets[index + 1])
-        time = None if self.histories.time is None else self.histories.time[own]
+        time = None if self.histories.time is None else self.histories.time[self.histories.span(index)]
         low = disliked_events(self.histories, index, self._low)
         return items, comprehend_history(self.mllm, self.catalogue, items, self.config.users, user, time, low)
 
@@ -166,7 +174,7 @@ class Recommender:
         head = listed[:, :ranked]
         scores = self.mllm.score([ranking_request(state, self.catalogue, head[0])])[0]
         check_scores(scores[:, 0], scores[:, 1])
-        priors = item_priors_of(self.workspace, self.mllm, self.catalogue, head[0])
+        priors = stored_priors(self.workspace, self.mllm, self.catalogue, head[0])
         read = Candidates(head, retrieval[:, :ranked], scores[None, :, 0], scores[None, :, 1])
         fused = fuse(read, priors, self.choices.fusion)[0]
         order = np.argsort(-fused, kind="stable")

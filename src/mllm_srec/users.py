@@ -153,7 +153,7 @@ def cut_windows(
 
 def phrase_likelihoods(mllm: Mllm, phrases: Sequence[str]) -> list[float]:
     """Mean log-likelihood of each phrase for a person of whom nothing is known."""
-    request = Request(Prompt((prompts.EMPTY_WINDOW,)), tuple(phrases), prompts.WANTS_QUESTION)
+    request = Request(Prompt((prompts.EMPTY_WINDOW,)), tuple(phrases))
     return [float(value) for value in mllm.score([request])[0][:, 1]]
 
 
@@ -179,10 +179,7 @@ def summarise(
             kept.append((text if sound else prompts.summary(list(weight)[:PHRASES_PER_LINE]), weight))
         return kept
     told = [w for w in windows if w.phrases]
-    requests = [
-        Request(Prompt((prompts.window(w.lines),)), tuple(p for p, _ in w.phrases), prompts.WANTS_QUESTION)
-        for w in told
-    ]
+    requests = [Request(Prompt((prompts.window(w.lines),)), tuple(p for p, _ in w.phrases)) for w in told]
     scored = iter(mllm.score(requests) if requests else [])
     summaries = []
     for window in windows:
@@ -221,7 +218,7 @@ def stable_tastes(summaries: Sequence[Summary]) -> list[str]:
     closed = [s for s in summaries if s.closed] or list(summaries)
     total: Counter[str] = Counter()
     for summary in closed:
-        total.update({p: w / len(closed) for p, w in summary.weights.items()})  # type: ignore[arg-type]
+        total.update({p: w / len(closed) for p, w in summary.weights.items()})
     return _strongest(dict(total), PHRASES_PER_LINE + 1)
 
 
@@ -340,7 +337,7 @@ def comprehend(workspace: Workspace, mllm: Mllm, catalogue: Catalogue, wanted: I
         states = []
         for job in batch:
             user, end, used = job.payload
-            time = histories.time[histories.offsets[user] : histories.offsets[user + 1]] if histories.has_time else None
+            time = None if histories.time is None else histories.time[histories.span(user)]
             state = build_state(
                 histories.users[user],
                 histories.of(user),
@@ -421,10 +418,11 @@ def state_of(states: dict[tuple[str, int], UserState], user_id: str, end: int) -
 
 def disliked_events(histories: Histories, user: int, low: float | None) -> np.ndarray:
     """bool (n,): the user's events rated `low_rating` or below."""
-    ratings = histories.rating[histories.offsets[user] : histories.offsets[user + 1]]
+    ratings = histories.rating[histories.span(user)]
     if low is None:
         return np.zeros(len(ratings), dtype=bool)
-    return np.nan_to_num(ratings, nan=np.inf) <= low
+    disliked: np.ndarray = np.nan_to_num(ratings, nan=np.inf) <= low
+    return disliked
 
 
 def _as_summary(row: dict[str, object], config: UsersConfig) -> Summary:

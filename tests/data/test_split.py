@@ -39,6 +39,11 @@ def test_leave_last_out_by_hand() -> None:
     assert (split.protocol, split.tie_rule, split.min_history) == ("leave_last_out", "file_order", 3)
 
 
+def test_at_most_ten_events_of_a_user_are_training_targets() -> None:
+    split = leave_last_out(histories({"a": list(range(100))}), "file_order", 3)
+    assert split.training.position.tolist() == list(range(88, 98))
+
+
 def test_the_strict_rule_hides_what_is_tied_with_the_target() -> None:
     log = histories({"a": [1, 2, 5, 5, 5], "b": [7, 7, 7]})
     assert rows(leave_last_out(log, "file_order", 3).test) == [(0, 4, 4), (1, 2, 2)]

@@ -32,6 +32,10 @@ class Histories:
         """Whether the log knows times."""
         return self.time is not None
 
+    def span(self, user: int) -> slice:
+        """Where the events of user number `user` stand in the flat arrays."""
+        return slice(int(self.offsets[user]), int(self.offsets[user + 1]))
+
     def of(self, user: int, end: int | None = None) -> np.ndarray:
         """int32: catalogue positions of the first `end` events (all of them by default) of user number `user`."""
         start, stop = int(self.offsets[user]), int(self.offsets[user + 1])

@@ -11,9 +11,9 @@ import numpy as np
 from mllm_srec.data.dataset import Histories
 from mllm_srec.errors import DataError, UsageError
 
-TRAINING_SHARE = 0.25
-"""Share of a user's training events, the newest, that become training targets: the rest is left for counts that have
-not seen them."""
+TRAINING_SHARE, TRAINING_LAST = 0.25, 10
+"""Share of a user's training events, the newest, that become training targets, and how many at most: the rest is left
+for counts that have not seen them, and close to the end they share their closed windows with validation and test."""
 
 PART_SHARE = 0.1
 """Share of all events in each of the three newest parts of the global time split (training, validation, test)."""
@@ -58,8 +58,8 @@ class Split:
 
 
 def leave_last_out(histories: Histories, tie_rule: str, min_history: int) -> Split:
-    """Per user of n >= min_history events: test is event n - 1, validation n - 2, training targets the newest quarter
-    of the events before those.
+    """Per user of n >= min_history events: test is event n - 1, validation n - 2, training targets the newest quarter,
+    at most ten, of the events before those.
 
     Other users' later events are seen: this protocol orders events within each user only.
 
@@ -74,9 +74,8 @@ def leave_last_out(histories: Histories, tie_rule: str, min_history: int) -> Spl
     test_from = np.where(lengths >= min_history, lengths - 1, lengths)
     validation_from = np.where(lengths >= min_history, lengths - 2, lengths)
     before = np.maximum(validation_from, 0)
-    training_from = np.where(
-        lengths >= min_history, before - np.ceil(TRAINING_SHARE * before).astype(np.int64), lengths
-    )
+    newest = np.minimum(np.ceil(TRAINING_SHARE * before).astype(np.int64), TRAINING_LAST)
+    training_from = np.where(lengths >= min_history, before - newest, lengths)
     owner = np.repeat(np.arange(len(lengths)), lengths)
     is_training = (position >= training_from[owner]) & (position < validation_from[owner])
     flat = np.flatnonzero(is_training)
@@ -151,7 +150,10 @@ def _check(histories: Histories, tie_rule: str) -> None:
 
 def _positions(histories: Histories) -> np.ndarray:
     """int64 (N,): the place of every event in its user's order."""
-    return np.arange(len(histories.item)) - np.repeat(histories.offsets[:-1], np.diff(histories.offsets))
+    positions: np.ndarray = np.arange(len(histories.item)) - np.repeat(
+        histories.offsets[:-1], np.diff(histories.offsets)
+    )
+    return positions
 
 
 def _visible(

@@ -36,7 +36,8 @@ def histories_of(histories: Histories, targets: Targets) -> list[np.ndarray]:
 
 def target_items(histories: Histories, targets: Targets) -> np.ndarray:
     """int (T,): catalogue position of each target."""
-    return histories.item[histories.offsets[targets.user] + targets.position]
+    items: np.ndarray = histories.item[histories.offsets[targets.user] + targets.position]
+    return items
 
 
 def place_targets(histories: Histories, targets: Targets, scorer: Scorer) -> Places:
@@ -65,10 +66,8 @@ def place_reranked(retrieved: Places, items: np.ndarray, fused: np.ndarray, targ
     cut_off = ~held & (greater < k)
     ties[cut_off] = greater[cut_off] + ties[cut_off] - k
     greater[cut_off] = k
-    if held.any():
-        own = np.take_along_axis(fused[held], inside[held].argmax(1)[:, None], 1)
-        greater[held] = (fused[held] > own).sum(1)
-        ties[held] = (fused[held] == own).sum(1) - 1
+    above, equal = metrics.places(fused, inside.argmax(1))
+    greater[held], ties[held] = above[held], equal[held]
     return Places(greater, ties)
 
 

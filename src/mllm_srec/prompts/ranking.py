@@ -5,14 +5,15 @@ from collections.abc import Sequence
 VERSION = "ranking-1"
 
 SYSTEM = "You predict which item a user chooses next."
-QUESTION = "\nWill the user choose this item next? Answer Yes or No."
-QUESTION_COT = "\nSay which facts of this item meet or miss the user's taste, then answer Yes or No."
+QUESTION = "\nYes or No?"
+"""Short on purpose: it is read once per candidate, while `prefix`, which asks in full, is read once per user."""
+QUESTION_COT = "\nWhich facts meet or miss the taste? Then Yes or No."
 
 
 def prefix(profile: str, preference: str, recent: Sequence[str]) -> str:
     """What all candidates of a user share: steps 1 and 2 of the chain of thought (what stays, what moves)."""
     last = "\nLast choices, oldest first:\n" + "\n".join(f"- {line}" for line in recent) if recent else ""
-    return f"The user {profile}.\nLately the user: {preference}.{last}\nItem: "
+    return f"The user {profile}.\nLately the user: {preference}.{last}\nWill the user choose this item next?\nItem: "
 
 
 def candidate(title: str, category: str, description: str) -> str:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 VERSION = "users-1"
 
 EMPTY_WINDOW = "A person of whom nothing is known yet.\nThis person wants: "
-WANTS_QUESTION = "\nIs this what the person wants? Answer Yes or No."
 SUMMARY_ANSWER = "This person wants"
 NOTHING = "nothing known yet"
 
