@@ -50,7 +50,7 @@ class ItemsConfig(_Section):
     """`compose`: the item's own words and what was seen; `generate`: the model writes, checked for invention."""
     text_words: int = Field(60, ge=5)
     """Words of an item's own description that enter the fusion prompt."""
-    answer_tokens: int = Field(8, ge=1)
+    answer_tokens: int = Field(6, ge=1)
     """New tokens per visual question."""
     description_tokens: int = Field(40, ge=8)
     """New tokens of the fused description."""

@@ -31,8 +31,11 @@ EMBEDDINGS = Table("item_embeddings", pa.schema([("vector", pa.list_(pa.float32(
 MIN_EVIDENCE = 0.5
 """Nats per token by which the picture must make an answer likelier than no picture does; below, it was not seen."""
 
-CANDIDATE_WORDS = 24
+CANDIDATE_WORDS = 20
 """Words of an item's own text in a composed description."""
+
+_BREAK = re.compile(r"[.,;:\n!?()]|\b(?:who|which|that|with|from)\b")
+_DANGLING = frozenset(("a", "an", "and", "in", "is", "it", "its", "of", "on", "or", "the", "this", "to", "was"))
 
 _WORD = re.compile(r"[a-z][a-z'-]{2,}")
 _FUNCTION_WORDS = frozenset(
@@ -60,32 +63,19 @@ class Item:
 
 
 def first_words(text: str, count: int) -> str:
-    """The first `count` words; cut text ends at its last full sentence when that keeps at least half of them."""
+    """The first `count` words; a cut ends behind a sentence where that keeps at least half of them, else in "..."."""
     words = text.split()
     if len(words) <= count:
         return " ".join(words)
     cut = " ".join(words[:count])
     end = max(cut.rfind(". "), cut.rfind("! "), cut.rfind("? "))
-    return cut[: end + 1] if end >= len(cut) // 2 else cut
+    return cut[: end + 1] if end >= len(cut) // 2 else f"{cut.rstrip(',;:')} ..."
 
 
 def clean_answer(text: str) -> str:
-    """A short answer up to its first break, without a dangling article or preposition."""
-    words = re.split(r"[.,;:\n!?()]", text.strip(), maxsplit=1)[0].split()
-    while words and words[-1].lower() in {
-        "a",
-        "an",
-        "the",
-        "of",
-        "with",
-        "and",
-        "in",
-        "on",
-        "that",
-        "which",
-        "is",
-        "to",
-    }:
+    """What an answer names, in lower case: up to its first break or clause, without a dangling word at the end."""
+    words = _BREAK.split(text.strip().lower(), maxsplit=1)[0].split()
+    while words and words[-1] in _DANGLING:
         words.pop()
     return " ".join(words)
 

@@ -84,8 +84,9 @@ def fuse(candidates: Candidates, priors: np.ndarray, fusion: Fusion) -> np.ndarr
         odds = odds - priors[candidates.items, 0]
         loglik = loglik - priors[candidates.items, 1]
     retrieval = standardise(candidates.retrieval.astype(np.float64))
-    said: np.ndarray = fusion.odds * standardise(odds) + fusion.loglik * standardise(loglik)
-    return fusion.retrieval * retrieval + said
+    fused: np.ndarray = fusion.retrieval * retrieval
+    fused += fusion.odds * standardise(odds) + fusion.loglik * standardise(loglik)
+    return fused
 
 
 def choose_fusion(candidates: Candidates, priors: np.ndarray, target: np.ndarray, cutoff: int = 10) -> Fusion:
