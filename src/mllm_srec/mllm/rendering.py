@@ -1,0 +1,164 @@
+"""Prompts become token ids: the model's own chat template, neutralised text, label tokens checked."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import jinja2
+import torch
+
+from mllm_srec.data.images import open_picture
+from mllm_srec.errors import ModelError
+from mllm_srec.mllm.base import Picture, Prompt, Request
+
+MAX_SIDE = 1024
+"""Long side in pixels that a picture is reduced to before the model's own processing."""
+
+_PRIVATE = "\ue000"
+_CUT = f"{_PRIVATE}cut{_PRIVATE}"
+"""A private-use character marks where the template's text is cut; `Renderer.neutral` takes it out of all other text."""
+
+LABELS = ("Yes", "No")
+
+
+@dataclass(frozen=True)
+class EncodedRequest:
+    """A request as tokens: the prefix's model inputs (batch of 1) and, per candidate, its text and its question."""
+
+    prefix: dict[str, torch.Tensor]
+    candidates: list[list[int]]
+    question: list[int]
+
+
+class Renderer:
+    """Turns prompts into model inputs with a transformers processor."""
+
+    def __init__(self, processor: Any) -> None:
+        """Find the label tokens and check that one token tells "Yes" from "No".
+
+        `lead` is what stands between the template's end and an answer: a space, or nothing after white space.
+
+        Raises:
+            ModelError: the tokenizer does not separate the labels by their first token, or has no chat template.
+        """
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        if getattr(processor, "chat_template", None) is None:
+            raise ModelError("the model's processor has no chat template: choose an instruction-tuned model")
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        special = set(self.tokenizer.all_special_tokens) | {
+            str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special
+        }
+        # The processor replaces these in the text, whatever the tokenizer makes of them.
+        special |= {str(getattr(processor, f"{kind}_token", "")) for kind in ("image", "video", "audio")}
+        longest_first = sorted(special - {"", "None"}, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, [*longest_first, _PRIVATE])))
+        # Templates without a first token of their own leave it to the tokenizer.
+        bos = self.tokenizer.bos_token
+        self._bos = bos if bos and self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id else ""
+        self.lead, self.label_ids = self._find_labels()
+
+    def neutral(self, text: str) -> str:
+        """`text` in which no special token of the model can occur: each loses its first character."""
+        found = 1
+        while found:  # what is left of one token may complete another
+            text, found = self._special.subn(lambda match: match[0][1:], text)
+        return text
+
+    def text(self, prompt: Prompt) -> str:
+        """The prompt in the model's chat template, up to and with the words the answer begins with."""
+        begun = self.lead + self.neutral(prompt.answer) if prompt.answer else ""
+        return self._template(self.neutral(prompt.system), self._content(prompt)) + begun
+
+    def split(self, request: Request) -> tuple[str, str]:
+        """(head, tail): the template's text before the candidate, and behind the question."""
+        if request.prefix.answer:
+            raise ModelError("a shared prefix cannot begin the answer")
+        content = [*self._content(request.prefix), {"type": "text", "text": _CUT}]
+        head, cut, tail = self._template(self.neutral(request.prefix.system), content).partition(_CUT)
+        if not cut:
+            raise ModelError("the model's chat template does not render the user's text")
+        return head, tail
+
+    def encode(self, texts: Sequence[str], pictures: Sequence[Sequence[Picture]], side: str) -> dict[str, torch.Tensor]:
+        """Model inputs of a padded batch (`side` is "left" or "right"); either every text has pictures or none."""
+        if not any(pictures):
+            self.tokenizer.padding_side = side
+            encoded = self.tokenizer(list(texts), add_special_tokens=False, padding=True, return_tensors="pt")
+        else:
+            images = [[open_picture(picture.data, MAX_SIDE) for picture in of_text] for of_text in pictures]
+            encoded = self.processor(
+                text=list(texts),
+                images=images,
+                text_kwargs={"add_special_tokens": False, "padding": True, "padding_side": side},
+                return_tensors="pt",
+            )
+        return {
+            name: value
+            for name, value in encoded.items()
+            if isinstance(value, torch.Tensor) and name != "token_type_ids"
+        }
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a piece of text, without any special token of its own."""
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def encode_request(self, request: Request) -> EncodedRequest:
+        """Tokens of a request. A space at the end of the head moves to the candidates: tokens begin with it.
+
+        Raises:
+            ModelError: a candidate has no text.
+        """
+        head, tail = self.split(request)
+        lead = " " if head.endswith(" ") else ""
+        pictures = [part for part in request.prefix.parts if isinstance(part, Picture)]
+        prefix = self.encode([head.rstrip(" ")], [pictures], "right")
+        texts = [self.neutral(text) for text in request.candidates]
+        candidates = [self.ids(lead + text) if text.strip() else [] for text in texts]
+        if not all(candidates):
+            raise ModelError(f"candidate number {candidates.index([])} of a request has no text")
+        question = self.ids(self.neutral(request.question) + tail) if request.question else []
+        return EncodedRequest(prefix, candidates, question)
+
+    def _template(self, system: str, content: list[dict[str, str]]) -> str:
+        user = {"role": "user", "content": content}
+        messages = [{"role": "system", "content": [{"type": "text", "text": system}]}, user] if system else [user]
+        try:
+            text = self._apply(messages)
+            if system.strip() in text:
+                return text
+        except (jinja2.TemplateError, TypeError):
+            if not system:
+                raise
+        # Templates that know no system role refuse it or leave it out: it becomes the first line of the user's turn.
+        return self._apply([{"role": "user", "content": [{"type": "text", "text": system + "\n"}, *content]}])
+
+    def _apply(self, messages: list[dict[str, Any]]) -> str:
+        text = str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        return text if text.startswith(self._bos) else self._bos + text
+
+    def _content(self, prompt: Prompt) -> list[dict[str, str]]:
+        content: list[dict[str, str]] = []
+        for picture, parts in groupby(prompt.parts, lambda part: isinstance(part, Picture)):
+            if picture:
+                content += [{"type": "image"} for _ in parts]
+            else:  # joined first: a special token may be spread over two parts
+                content.append({"type": "text", "text": self.neutral("".join(map(str, parts)))})
+        return content
+
+    def _find_labels(self) -> tuple[str, tuple[int, int]]:
+        tail = self._template("", [{"type": "text", "text": "Answer Yes or No."}])
+        lead = "" if tail[-1:].isspace() else " "
+        begun = self.ids(tail)
+        found = []
+        for label in LABELS:
+            whole = self.ids(tail + lead + label)
+            if whole[: len(begun)] != begun or len(whole) == len(begun):
+                raise ModelError(f"the model's tokenizer merges {label!r} with the text before it")
+            found.append(whole[len(begun)])
+        if found[0] == found[1]:
+            raise ModelError(f"the model's tokenizer begins {LABELS[0]!r} and {LABELS[1]!r} with the same token")
+        return lead, (found[0], found[1])
