@@ -1,13 +1,17 @@
+from pathlib import Path
+
 import numpy as np
 import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mllm_srec import metrics
 from mllm_srec.data.dataset import Dataset, Histories
+from mllm_srec.data.readers import read
 from mllm_srec.data.split import leave_last_out
 from mllm_srec.errors import DataError
-from mllm_srec.retrieval import CoOccurrence, Content, Retriever, choose_content_weight
+from mllm_srec.retrieval import Content, CoOccurrence, Retriever, choose_content_weight
 
 ITEMS = "abcdef"
 
@@ -202,3 +206,26 @@ def test_without_validation_the_weight_is_the_one_nearest_to_one() -> None:
     histories = log("ab")
     split = leave_last_out(histories, "file_order", 3)
     assert choose_content_weight(histories, split, VECTORS, (0.0, 0.5, 4.0)) == 0.5
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("name", "popularity", "company"),
+    [("ml100k_posters", (0.0859, 0.0444), (0.2057, 0.1042)), ("hm_sample", (0.0115, 0.0050), (0.0353, 0.0206))],
+)
+def test_real_figures(
+    real_data: Path, name: str, popularity: tuple[float, float], company: tuple[float, float]
+) -> None:
+    # Recall@10 and NDCG@10 that the data's README gives under the same rules.
+    histories = read(real_data / name).with_repeats("first").histories()
+    split = leave_last_out(histories, "file_order", 3)
+    fitted = CoOccurrence.fit(histories, split.seen_test)
+    seen = [histories.of(int(u), int(e)) for u, e in zip(split.test.user, split.test.end, strict=True)]
+    wanted = histories.item[histories.offsets[split.test.user] + split.test.position]
+    for scores, expected in (
+        (np.repeat(fitted.popularity[None], len(seen), 0), popularity),
+        (fitted.scores(seen), company),
+    ):
+        places_ = metrics.places(scores, wanted, seen)
+        found = (float(metrics.recall(*places_, 10).mean()), float(metrics.ndcg(*places_, 10).mean()))
+        assert found == pytest.approx(expected, abs=5e-5)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from mllm_srec.config import ItemsConfig
-from mllm_srec.errors import StoreError
+from mllm_srec.errors import ModelError, StoreError
 from mllm_srec.mllm.base import Mllm, Picture, Prompt
 from mllm_srec.mllm.text_encoder import TextEncoder
 from mllm_srec.prompts import items as prompts
@@ -37,7 +37,7 @@ CANDIDATE_WORDS = 20
 _BREAK = re.compile(r"[.,;:\n!?()]|\b(?:who|which|that|with|from)\b")
 _DANGLING = frozenset(("a", "an", "and", "in", "is", "it", "its", "of", "on", "or", "the", "this", "to", "was"))
 
-_WORD = re.compile(r"[a-z][a-z'-]{2,}")
+_WORD = re.compile(r"[^\W\d_](?:[^\W\d_]|['-]){2,}")
 _FUNCTION_WORDS = frozenset(
     re.findall(
         r"\w+",
@@ -45,7 +45,10 @@ _FUNCTION_WORDS = frozenset(
         "will not but can all one two out into when where what than then over under about after before "
         "between been being more most other only also very you your our any each both such while there "
         "here how why she him himself herself must does did get gets make makes made use used model size "
-        "fit ",
+        "fit some own just new old one first last day days year years time times way back still again "
+        "take takes find finds found come comes become becomes goes going gone keep keeps left right let "
+        "against through because during without within around along across off down away yet even much many "
+        "few several every another same like well good great los san mrs",
     )
 )
 
@@ -63,12 +66,12 @@ class Item:
 
 
 def first_words(text: str, count: int) -> str:
-    """The first `count` words; a cut ends behind a sentence where that keeps at least half of them, else in "..."."""
+    """The first `count` words; a cut ends behind a sentence where that keeps at least half of it, else in "..."."""
     words = text.split()
     if len(words) <= count:
         return " ".join(words)
     cut = " ".join(words[:count])
-    end = max(cut.rfind(". "), cut.rfind("! "), cut.rfind("? "))
+    end = max(f"{cut} ".rfind(mark) for mark in (". ", "! ", "? "))
     return cut[: end + 1] if end >= len(cut) // 2 else f"{cut.rstrip(',;:')} ..."
 
 
@@ -83,7 +86,19 @@ def clean_answer(text: str) -> str:
 def unsupported_words(text: str, *sources: str) -> list[str]:
     """Content words of `text` (4 letters and more) that no source holds, compared by their first 5 letters."""
     known = {word[:5] for source in sources for word in _WORD.findall(source.lower())}
-    return [word for word in _WORD.findall(text.lower()) if len(word) >= 4 and word[:5] not in known]
+    content = [word for word in _WORD.findall(text.lower()) if len(word) >= 4 and word not in _FUNCTION_WORDS]
+    return [word for word in content if word[:5] not in known]
+
+
+def check_finite(values: np.ndarray, what: str) -> np.ndarray:
+    """`values` as they are.
+
+    Raises:
+        ModelError: one of them is NaN or infinite, so that comparing it would silently decide something.
+    """
+    if not np.isfinite(values).all():
+        raise ModelError(f"the model gave {what} that are not finite: try model.dtype=float32")
+    return values
 
 
 def _read_pictures(
@@ -103,13 +118,12 @@ def _read_pictures(
         said = [(i, prompt, answer) for i, prompt, answer in zip(with_picture, looking, answers, strict=True) if answer]
         if not said:
             continue
-        evidence = mllm.loglik([prompt for _, prompt, _ in said], [f" {answer}" for _, _, answer in said])
+        looked = mllm.loglik([prompt for _, prompt, _ in said], [f" {answer}" for _, _, answer in said])
         distinct = sorted({answer for _, _, answer in said})
         without = mllm.loglik([blind] * len(distinct), [f" {answer}" for answer in distinct])
-        unseen = dict(zip(distinct, without, strict=True))
-        for (i, _, answer), gain in zip(said, evidence, strict=True):
-            gain -= unseen[answer]
-            if gain >= MIN_EVIDENCE and answer not in seen[i]:
+        unseen = dict(zip(distinct, check_finite(without, "likelihoods of answers without a picture"), strict=True))
+        for (i, _, answer), likelihood in zip(said, check_finite(looked, "likelihoods of answers"), strict=True):
+            if likelihood - unseen[answer] >= MIN_EVIDENCE and answer not in seen[i]:
                 seen[i].append(answer)
     return [", ".join(answers) for answers in seen]
 
@@ -120,20 +134,19 @@ def _fuse(mllm: Mllm, items: Sequence[Item], visuals: Sequence[str], config: Ite
     composed = [prompts.compose(text, visual) for text, visual in zip(texts, visuals, strict=True)]
     if config.fusion == "compose":
         return [(description, "rule") for description in composed]
-    asked = [
-        Prompt(
-            (prompts.fuse(item.title, item.category, first_words(item.description, config.text_words), visual),),
-            system=prompts.FUSE_SYSTEM,
-        )
+    given = [
+        prompts.fuse(item.title, item.category, first_words(item.description, config.text_words), visual)
+        if item.title or item.category or item.description or visual
+        else ""  # with nothing to go by, whatever the model writes is invented
         for item, visual in zip(items, visuals, strict=True)
     ]
+    asked = [Prompt((text,), system=prompts.FUSE_SYSTEM) for text in given if text]
+    written = iter(mllm.generate(asked, config.description_tokens) if asked else [])
     fused = []
-    for item, visual, text, written in zip(
-        items, visuals, composed, mllm.generate(asked, config.description_tokens), strict=True
-    ):
-        sentence = " ".join(written.split())
+    for item, visual, rule, text in zip(items, visuals, composed, given, strict=True):
+        sentence = " ".join(next(written).split()) if text else ""
         invented = unsupported_words(sentence, item.title, item.category, item.description, visual)
-        fused.append((sentence, "model") if sentence and not invented else (text, "rule"))
+        fused.append((sentence, "model") if sentence and not invented else (rule, "rule"))
     return fused
 
 
@@ -157,10 +170,11 @@ def describe(workspace: Workspace, mllm: Mllm) -> Counts:
         rows: list[dict[str, object]] = []
         for item, visual, (description, by) in zip(items, visuals, _fuse(mllm, items, visuals, config), strict=True):
             empty = not (item.title or item.category or description)
+            looked = "nothing seen in the picture" if item.picture_state == "ok" else f"picture {item.picture_state}"
             rows.append(
                 {
                     "status": "skipped" if empty else "ok",
-                    "reason": f"no text, picture {item.picture_state}" if empty else "",
+                    "reason": f"no text, {looked}" if empty else "",
                     "visual": visual,
                     "description": description,
                     "fused_by": by,
@@ -173,14 +187,17 @@ def describe(workspace: Workspace, mllm: Mllm) -> Counts:
 
 
 def load_items(workspace: Workspace) -> list[Item]:
-    """The catalogue's rows with their picture's hash and state, in the dataset's order."""
+    """The catalogue's rows with their picture's hash and state, in the dataset's order.
+
+    Titles and categories come in one line with single spaces: an item is one line of a prompt.
+    """
     states = {row["item_id"]: row for row in workspace.pictures().to_dicts()}
     return [
         Item(
             row["item_id"],
-            row["title"],
+            " ".join(row["title"].split()),
             row["description"],
-            row["category"],
+            " ".join(row["category"].split()),
             states[row["item_id"]]["sha256"] if states[row["item_id"]]["state"] == "ok" else None,
             states[row["item_id"]]["state"],
         )

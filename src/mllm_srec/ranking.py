@@ -6,6 +6,7 @@ the empty user, which takes out what the item says for itself. Fusion adds withi
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,8 +15,8 @@ import pyarrow as pa
 
 from mllm_srec import metrics
 from mllm_srec.errors import ModelError
-from mllm_srec.items import Catalogue, unsupported_words
-from mllm_srec.mllm.base import Mllm
+from mllm_srec.items import Catalogue, check_finite, unsupported_words
+from mllm_srec.mllm.base import Mllm, Request
 from mllm_srec.prompts import ranking as prompts
 from mllm_srec.records import (
     Evidence,
@@ -33,6 +34,9 @@ PRIORS = Table("item_priors", pa.schema([("odds", pa.float32()), ("loglik", pa.f
 
 WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0)
 REASON_TOKENS = 48
+
+_YES = re.compile(r"\s+Yes\b\W*$")
+_DENIAL = re.compile(r"\b(?:no|not|none|nor|never|nothing)\b|n't\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ def item_priors(workspace: Workspace, mllm: Mllm, catalogue: Catalogue, items: n
 
     They are stored and reused.
     """
-    jobs = [Job(catalogue.ids[i], _prior_mark(mllm, catalogue, i), int(i)) for i in items]
+    jobs = [Job(catalogue.ids[i], _mark(mllm, ranking_request(empty_user(), catalogue, [i])), int(i)) for i in items]
 
     def compute(batch: list[Job]) -> list[dict[str, object]]:
         scores = mllm.score([ranking_request(empty_user(), catalogue, [job.payload for job in batch])])[0]
@@ -140,7 +144,7 @@ def stored_priors(workspace: Workspace, mllm: Mllm, catalogue: Catalogue, items:
     missing = []
     for i in items:
         row = rows.get(catalogue.ids[i])
-        if row and row["fingerprint"] == _prior_mark(mllm, catalogue, i):
+        if row and row["fingerprint"] == _mark(mllm, ranking_request(empty_user(), catalogue, [i])):
             priors[i] = row["odds"], row["loglik"]
         else:
             missing.append(int(i))
@@ -149,8 +153,9 @@ def stored_priors(workspace: Workspace, mllm: Mllm, catalogue: Catalogue, items:
     return priors
 
 
-def _prior_mark(mllm: Mllm, catalogue: Catalogue, item: int) -> str:
-    return fingerprint(catalogue.candidates[item], prompts.VERSION, mllm.identity)
+def _mark(mllm: Mllm, request: Request) -> str:
+    words = [part for part in request.prefix.parts if isinstance(part, str)]
+    return fingerprint(*words, *request.candidates, prompts.VERSION, mllm.identity)
 
 
 def score_lists(
@@ -166,15 +171,14 @@ def score_lists(
     """Read every candidate list `items` (B, K) under its user's state; stored and reused by fingerprint.
 
     Raises:
-        ModelError: scores are not finite, or are all equal over every list.
+        ModelError: scores are not finite, or are all equal within every list.
     """
     keys, jobs = [], {}
     for state, row in zip(states, items, strict=True):
         request = ranking_request(state, catalogue, row)
-        words = [part for part in request.prefix.parts if isinstance(part, str)]
-        mark = fingerprint(*words, *request.candidates, prompts.VERSION, mllm.identity)
         keys.append(json.dumps([label, state_key(state.user_id, state.end)], ensure_ascii=False))
-        jobs[keys[-1]] = Job(keys[-1], mark, request)  # targets tied in time share a state, and with it a list
+        # Targets tied in time share a state, and with it a list.
+        jobs[keys[-1]] = Job(keys[-1], _mark(mllm, request), request)
 
     def compute(batch_jobs: list[Job]) -> list[dict[str, object]]:
         scores = mllm.score([job.payload for job in batch_jobs])
@@ -189,15 +193,14 @@ def score_lists(
 
 
 def check_scores(odds: np.ndarray, loglik: np.ndarray) -> None:
-    """Refuse scores that cannot rank.
+    """Refuse scores (..., K) that cannot rank.
 
     Raises:
-        ModelError: not finite, or one and the same value everywhere.
+        ModelError: not finite, or all equal within every list.
     """
     for name, values in (("odds of Yes", odds), ("log-likelihoods", loglik)):
-        if not np.isfinite(values).all():
-            raise ModelError(f"the model gave {name} that are not finite: try model.dtype=float32")
-        if values.size > 1 and np.ptp(values) == 0:
+        check_finite(values, name)
+        if values.size and values.shape[-1] > 1 and (np.ptp(values, axis=-1) == 0).all():
             raise ModelError(f"the model gave the same {name} for every candidate: the prompt does not reach it")
 
 
@@ -212,9 +215,10 @@ def explain(
 ) -> list[Reason]:
     """A checked reason per shown item.
 
-    The model writes step 3 of the chain of thought. Its words are shown only if every content word occurs in the item,
-    the state or the evidence; otherwise the reason is composed from the evidence: shared facts, else the history item
-    chosen `together` with it most often, else the one most `similar` in content (catalogue positions or None).
+    The model writes step 3 of the chain of thought. Its words are shown only if they deny nothing, name a shared fact,
+    and every content word occurs in the item, the state or the evidence; otherwise the reason is composed from the
+    evidence: shared facts, else the history item chosen `together` with it most often, else the one most `similar` in
+    content (catalogue positions or None).
     """
     if len(items) == 0:
         return []
@@ -224,9 +228,9 @@ def explain(
     for item, text, company, kin in zip(items, written, together, similar, strict=True):
         found = find_evidence(state, catalogue, item, history)
         events = tuple(catalogue.ids[i] for i in found.like)
-        sentence = " ".join(text.split()).removesuffix(" Yes").removesuffix(" No").strip()
+        sentence = _YES.sub("", " ".join(text.split()))
         sources = [catalogue.candidates[item], state.profile, state.preference, rationale(found, catalogue, True)]
-        sound = bool(sentence) and bool(found.meets) and not unsupported_words(sentence, *sources)
+        sound = not _DENIAL.search(sentence) and not unsupported_words(sentence, *sources)
         if sound and any(fact in sentence.lower() for fact in found.meets):
             reasons.append(Reason(sentence, "model", found.meets, events))
         else:

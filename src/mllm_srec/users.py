@@ -16,7 +16,7 @@ import pyarrow as pa
 from mllm_srec.config import UsersConfig
 from mllm_srec.data.dataset import Histories
 from mllm_srec.errors import StoreError
-from mllm_srec.items import Catalogue, unsupported_words
+from mllm_srec.items import Catalogue, check_finite, unsupported_words
 from mllm_srec.mllm.base import Mllm, Prompt, Request
 from mllm_srec.prompts import users as prompts
 from mllm_srec.workspace import Job, Table, Workspace, fingerprint
@@ -107,9 +107,9 @@ def window_bounds(end: int, config: UsersConfig) -> list[tuple[int, int]]:
     """
     closed = closed_windows(end, config)
     bounds = [(k * config.step, k * config.step + config.window) for k in range(closed)]
-    if not bounds or bounds[-1][1] < end:
-        bounds.append((closed * config.step if closed * config.step < end else bounds[-1][1], end))
-    return [(start, stop) for start, stop in bounds if stop > max(0, end - config.last) and start < stop]
+    if end > (bounds[-1][1] if bounds else 0):
+        bounds.append((closed * config.step, end))
+    return [(start, stop) for start, stop in bounds if stop > end - config.last]
 
 
 def shared_phrases(facts: Sequence[Sequence[str]], base_rate: dict[str, float]) -> list[tuple[str, float]]:
@@ -129,7 +129,10 @@ def shared_phrases(facts: Sequence[Sequence[str]], base_rate: dict[str, float]) 
 
 
 def low_rating(histories: Histories) -> float | None:
-    """The rating at or below which an event is a dislike: the lowest 30 % of the scale; None without a scale."""
+    """The rating at or below which an event is a dislike: the lowest 30 % of the scale; None without a scale.
+
+    The scale (lowest and highest rating anywhere in the log) is taken as a fact of the data set, like its catalogue.
+    """
     rated = histories.rating[~np.isnan(histories.rating)]
     if len(rated) == 0 or rated.min() == rated.max():
         return None
@@ -154,7 +157,7 @@ def cut_windows(
 def phrase_likelihoods(mllm: Mllm, phrases: Sequence[str]) -> list[float]:
     """Mean log-likelihood of each phrase for a person of whom nothing is known."""
     request = Request(Prompt((prompts.EMPTY_WINDOW,)), tuple(phrases))
-    return [float(value) for value in mllm.score([request])[0][:, 1]]
+    return [float(value) for value in check_finite(mllm.score([request])[0][:, 1], "likelihoods of phrases")]
 
 
 def summarise(
@@ -185,7 +188,8 @@ def summarise(
     for window in windows:
         weights_of: dict[str, float] = {}
         if window.phrases:
-            for (phrase, strength), loglik in zip(window.phrases, next(scored)[:, 1], strict=True):
+            logliks = check_finite(next(scored)[:, 1], "likelihoods of phrases")
+            for (phrase, strength), loglik in zip(window.phrases, logliks, strict=True):
                 weights_of[phrase] = round(strength / (1 + math.exp(prior[phrase] - float(loglik))), 4)
         strongest = sorted(weights_of, key=lambda p: (-weights_of[p], p))
         summaries.append((prompts.summary(strongest[:PHRASES_PER_LINE]), weights_of))
@@ -240,17 +244,15 @@ def build_state(
     stable = stable_tastes(summaries)
     closed = closed_windows(end, config)
     settled = (closed - 1) * config.step + config.window if closed else end
-    gap = None
-    if time is not None and settled > 1:
-        gap = float(np.median(np.diff(time[max(0, settled - config.last) : settled]))) / DAY
+    gaps = np.diff(time[max(0, settled - config.last) : settled]) if time is not None else np.array([])
     preference = prompts.preference(stays, rises, fades, low)
-    if config.summary == "generate":
-        preference = f"{preference}. {prompts.SUMMARY_ANSWER} {summaries[-1].text}"
+    if config.summary == "generate" and summaries[-1].text != prompts.NO_TASTE:
+        preference = prompts.in_own_words(preference, summaries[-1].text)
     return UserState(
         user_id=user_id,
         end=end,
         as_of=int(time[end - 1]) if time is not None else None,
-        profile=prompts.profile(stable, settled, gap),
+        profile=prompts.profile(stable, settled, float(np.median(gaps)) / DAY if len(gaps) else None),
         preference=preference,
         phrases=tuple(dict.fromkeys(stays + rises + stable)),
         recent=tuple(int(i) for i in items[max(0, end - config.recent) : end]) if config.recent else (),
@@ -330,7 +332,10 @@ def comprehend(workspace: Workspace, mllm: Mllm, catalogue: Catalogue, wanted: I
     for user, end in pairs:
         used = [rows[key] for key in keys.get((user, end), [])]
         marks = [row["fingerprint"] for row in used]
-        mark = fingerprint(*marks, *(int(i) for i in histories.of(user, end)), *made_with)
+        seen = slice(histories.span(user).start, histories.span(user).start + end)
+        events = [histories.item[seen], disliked_events(histories, user, low)[:end]]
+        events += [] if histories.time is None else [histories.time[seen]]
+        mark = fingerprint(*marks, *(int(value) for column in events for value in column), *made_with)
         state_jobs.append(Job(state_key(histories.users[user], end), mark, (user, end, used)))
 
     def compose(batch: list[Job]) -> list[dict[str, object]]:
@@ -378,7 +383,7 @@ def comprehend_history(
     """The state of a history that no workspace holds; nothing is stored."""
     low = np.zeros(len(items), dtype=bool) if disliked is None else disliked
     windows = cut_windows(catalogue, items, low, config, len(items))
-    phrases = sorted({p for window in windows for p, _ in window.phrases})
+    phrases = sorted({p for window in windows for p, _ in window.phrases}) if config.summary == "score" else []
     prior = dict(zip(phrases, phrase_likelihoods(mllm, phrases), strict=True)) if phrases else {}
     made = summarise(mllm, windows, prior, config) if windows else []
     summaries = [
@@ -427,5 +432,6 @@ def disliked_events(histories: Histories, user: int, low: float | None) -> np.nd
 
 def _as_summary(row: dict[str, object], config: UsersConfig) -> Summary:
     size = int(row["stop"]) - int(row["start"])  # type: ignore[call-overload]
-    weights = dict(zip(row["phrases"], row["weights"], strict=True))  # type: ignore[call-overload]
+    # Stored as float32: rounded as they were, so that a state is the same whether its windows were stored or not.
+    weights = {p: round(w, 4) for p, w in zip(row["phrases"], row["weights"], strict=True)}  # type: ignore[call-overload]
     return Summary(size, size == config.window, str(row["summary"]), weights)

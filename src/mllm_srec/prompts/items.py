@@ -34,11 +34,12 @@ def ask(question: str) -> str:
 def fuse(title: str, category: str, description: str, visual: str) -> str:
     """The instruction that fuses picture and text. Identity comes from the text, looks from the picture."""
     lines = [f"Title: {title}", f"Category: {category}", f"Text: {description}", f"Seen in the picture: {visual}"]
-    given = "\n".join(line for line in lines if not line.endswith(": "))
-    return (
-        f"{given}\nWrite one sentence that describes this item: what it is comes from the text, "
+    given = [line for line in lines if not line.endswith(": ")]
+    asked = (
+        "Write one sentence that describes this item: what it is comes from the text, "
         "what it looks like comes from the picture."
     )
+    return "\n".join([*given, asked])
 
 
 def compose(text: str, visual: str) -> str:

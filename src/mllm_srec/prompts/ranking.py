@@ -9,6 +9,8 @@ QUESTION = "\nYes or No?"
 """Short on purpose: it is read once per candidate, while `prefix`, which asks in full, is read once per user."""
 QUESTION_COT = "\nWhich facts meet or miss the taste? Then Yes or No."
 
+WITHOUT_TEXT = "item without text"
+
 
 def prefix(profile: str, preference: str, recent: Sequence[str]) -> str:
     """What all candidates of a user share: steps 1 and 2 of the chain of thought (what stays, what moves)."""
@@ -18,12 +20,13 @@ def prefix(profile: str, preference: str, recent: Sequence[str]) -> str:
 
 def candidate(title: str, category: str, description: str) -> str:
     """An item as a candidate: short text, because a picture is paid for once, at fusion."""
-    return ". ".join(part.rstrip(".") for part in (title, category, description) if part) + "."
+    parts = [part.rstrip(". ") for part in (title, category, description)]
+    return ". ".join(part for part in parts if part) + "." if any(parts) else f"{WITHOUT_TEXT}."
 
 
 def line(title: str, category: str) -> str:
     """An item in raw short form, as it stands in histories."""
-    return f"{title} ({category})" if title and category else title or category or "item without text"
+    return f"{title} ({category})" if title and category else title or category or WITHOUT_TEXT
 
 
 def rationale(meets: Sequence[str], like: Sequence[str], chosen: bool) -> str:

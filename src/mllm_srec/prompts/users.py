@@ -6,7 +6,8 @@ VERSION = "users-1"
 
 EMPTY_WINDOW = "A person of whom nothing is known yet.\nThis person wants: "
 SUMMARY_ANSWER = "This person wants"
-NOTHING = "nothing known yet"
+NOTHING = "shows no taste yet"
+NO_TASTE = "no common taste"
 
 
 def window(lines: Sequence[str]) -> str:
@@ -33,7 +34,7 @@ def summarise(lines: Sequence[str], phrases: Sequence[str]) -> str:
 
 def summary(phrases: Sequence[str]) -> str:
     """The window summary made of the phrases the model found likely."""
-    return ", ".join(phrases) if phrases else "no common taste"
+    return ", ".join(phrases) if phrases else NO_TASTE
 
 
 def preference(stays: Sequence[str], rises: Sequence[str], fades: Sequence[str], disliked: Sequence[str]) -> str:
@@ -41,6 +42,11 @@ def preference(stays: Sequence[str], rises: Sequence[str], fades: Sequence[str],
     named = {"stays with": stays, "newly turns to": rises, "turns away from": fades, "rated low": disliked}
     parts = [f"{verb} {', '.join(phrases)}" for verb, phrases in named.items() if phrases]
     return "; ".join(parts) if parts else NOTHING
+
+
+def in_own_words(preference: str, summary: str) -> str:
+    """The dynamic preference with what the model itself wrote about the newest window."""
+    return f"{preference}. {SUMMARY_ANSWER} {summary.rstrip('. ')}"
 
 
 def profile(stable: Sequence[str], events: int, gap_days: float | None) -> str:
@@ -51,5 +57,5 @@ def profile(stable: Sequence[str], events: int, gap_days: float | None) -> str:
     size = f"{events} choice{'s' if events != 1 else ''} so far"
     if gap_days is None:
         return f"{taste}; {size}"
-    rhythm = "several a day" if gap_days < 0.5 else f"one in {gap_days:.0f} day{'s' if round(gap_days) != 1 else ''}"
+    rhythm = "several a day" if gap_days <= 0.5 else f"one in {gap_days:.0f} day{'s' if round(gap_days) != 1 else ''}"
     return f"{taste}; {size}, typically {rhythm}"

@@ -1,0 +1,145 @@
+"""Stand-ins without weights: a model that answers as told, a text encoder, pictures, small catalogues and shops."""
+
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from PIL import Image
+
+from mllm_srec.config import Config
+from mllm_srec.data.dataset import Dataset
+from mllm_srec.items import Catalogue
+from mllm_srec.mllm.base import Prompt, Request
+from mllm_srec.prompts import ranking as prompts
+from mllm_srec.workspace import Workspace
+
+
+def shown(prompt: Prompt) -> str:
+    """All that the prompt tells the model, pictures by their hash."""
+    parts = [part if isinstance(part, str) else f"<{part.sha256}>" for part in prompt.parts]
+    return "".join([prompt.system, *parts, prompt.answer])
+
+
+def draw(*texts: str) -> float:
+    """A number between -8 and 0 that depends on the texts alone."""
+    digest = hashlib.sha256("\0".join(texts).encode()).digest()
+    return -8 * int.from_bytes(digest[:3], "big") / (1 << 24)
+
+
+@dataclass
+class FakeMllm:
+    """Follows `Mllm`; the functions say what it answers, the lists hold what it was asked."""
+
+    identity: str = "fake-1"
+    say: Callable[[Prompt], str] = lambda prompt: ""
+    likelihood: Callable[[str, str], float] = draw
+    """Of a continuation or candidate, given all that stands before it."""
+    odds: Callable[[str, str], float] = lambda prefix, candidate: draw(prefix, candidate, "odds")
+    generated: list[Prompt] = field(default_factory=list)
+    weighed: list[tuple[str, str]] = field(default_factory=list)
+    scored: list[Request] = field(default_factory=list)
+
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
+        self.generated += prompts
+        return [" ".join(self.say(prompt).split(" ")[:max_new_tokens]) for prompt in prompts]
+
+    def score(self, requests: Sequence[Request]) -> list[np.ndarray]:
+        self.scored += requests
+        return [np.array([self._pair(request, c) for c in request.candidates], np.float32) for request in requests]
+
+    def _pair(self, request: Request, candidate: str) -> tuple[float, float]:
+        before = shown(request.prefix)
+        odds = self.odds(before, candidate) if request.question else float("nan")
+        return odds, self.likelihood(before, candidate)
+
+    def loglik(self, prompts: Sequence[Prompt], continuations: Sequence[str]) -> np.ndarray:
+        asked = [(shown(prompt), text) for prompt, text in zip(prompts, continuations, strict=True)]
+        self.weighed += asked
+        return np.array([self.likelihood(*pair) for pair in asked], np.float32)
+
+    def embed(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        return vectors([shown(prompt) for prompt in prompts])
+
+    def calls(self) -> int:
+        """Prompts and requests so far."""
+        return len(self.generated) + len(self.weighed) + len(self.scored)
+
+
+def vectors(texts: Sequence[str], size: int = 4) -> np.ndarray:
+    """float32 (N, size), L2-normalised, from the texts alone."""
+    found = np.array([[draw(text, str(axis)) for axis in range(size)] for text in texts], np.float32)
+    unit: np.ndarray = found / np.linalg.norm(found, axis=1, keepdims=True)
+    return unit
+
+
+class FakeEncoder:
+    """Stands in for `TextEncoder`; remembers the texts."""
+
+    def __init__(self, identity: str = "encoder-1") -> None:
+        self.identity = identity
+        self.encoded: list[str] = []
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        self.encoded += texts
+        return vectors(texts)
+
+
+def png(colour: str) -> bytes:
+    """A small picture of one colour."""
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def make_catalogue(**facts: str) -> Catalogue:
+    """Items by id with their facts in one string each; title "ID the title", no category, facts as description."""
+    of_items = [words.split() for words in facts.values()]
+    count = Counter(fact for words in of_items for fact in set(words))
+    titles = [f"{item_id} the title" for item_id in facts]
+    return Catalogue(
+        ids=list(facts),
+        lines=[prompts.line(title, "") for title in titles],
+        candidates=[prompts.candidate(title, "", " ".join(w)) for title, w in zip(titles, of_items, strict=True)],
+        facts=of_items,
+        base_rate={fact: n / len(of_items) for fact, n in count.items()},
+        embedding_texts=titles,
+    )
+
+
+Event = tuple[str, int | None, float | None]
+"""(item id, time in ms, rating)."""
+
+
+def make_dataset(
+    folder: Path, items: Sequence[Mapping[str, str | None]], log: Mapping[str, Sequence[Event]]
+) -> Dataset:
+    """`items` by column, `log` by user; pictures are files in `folder`."""
+    columns = dict.fromkeys(("item_id", "title", "description", "category", "image"), pl.String)
+    rows = [(user, *event) for user, events in log.items() for event in events]
+    schema = {"user_id": pl.String, "item_id": pl.String, "timestamp": pl.Int64, "rating": pl.Float32}
+    return Dataset.build(
+        "shop",
+        pl.DataFrame([dict(row) for row in items], schema=columns),
+        pl.DataFrame(rows, schema=schema, orient="row"),
+        has_time=all(row[2] is not None for row in rows),
+        root=folder,
+    )
+
+
+def make_shop(
+    folder: Path,
+    items: Sequence[Mapping[str, str | None]],
+    log: Mapping[str, Sequence[Event]],
+    config: Config | None = None,
+    pictures: Mapping[str, bytes] | None = None,
+) -> Workspace:
+    """A workspace in `folder`/ws over `make_dataset`; `pictures` are files that items name as `image`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in (pictures or {}).items():
+        (folder / name).write_bytes(data)
+    return Workspace.create(folder / "ws", config or Config(), make_dataset(folder, items, log))

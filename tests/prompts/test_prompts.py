@@ -1,0 +1,192 @@
+"""Every text for a model reads well whatever is missing, has a version, and lives in one place."""
+
+import ast
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import mllm_srec
+from mllm_srec import prompts
+from mllm_srec.prompts import items, ranking, users
+
+NAMES = [module.name for module in pkgutil.iter_modules(prompts.__path__)]
+
+WORDS = st.sampled_from(["red shoe", "Hat.", "Mr. Ü", "a, b", "wool", "100 % silk ..."])
+MAYBE = st.just("") | WORDS
+MANY = st.lists(WORDS, max_size=3)
+SOME = st.lists(WORDS, min_size=1, max_size=3)
+
+
+def check(text: str, *parts: str) -> None:
+    """A text without traces of what was empty, in which each part stands."""
+    assert text.strip()
+    assert not text.startswith((" ", "\n"))
+    for trace in ("  ", "\n\n", " \n", "None", "nan", "()", "[]", " ,", ";;", ", ."):
+        assert trace not in text, (trace, text)
+    for part in parts:
+        assert part.rstrip(". ") in text
+
+
+def test_every_module_has_a_version_of_its_own() -> None:
+    assert NAMES == ["items", "ranking", "users"]
+    versions = [importlib.import_module(f"mllm_srec.prompts.{name}").VERSION for name in NAMES]
+    assert len(set(versions)) == len(NAMES)
+    for name, version in zip(NAMES, versions, strict=True):
+        assert re.fullmatch(rf"{name}-\d+", version)
+
+
+def test_no_prompt_is_written_outside_the_prompts() -> None:
+    root = Path(mllm_srec.__file__).parent
+    found, asked = [], 0
+    for path in sorted(set(root.rglob("*.py")) - set(root.glob("prompts/*"))):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in ("Prompt", "Request"):
+                asked += 1
+                texts = [node.value for node in ast.walk(call) if isinstance(node, ast.Constant)]
+                found += [f"{path.name}: {text}" for text in texts if isinstance(text, str) and text.strip()]
+    assert found == []
+    assert asked >= 8
+
+
+# Items
+
+
+@given(MAYBE, MAYBE, MAYBE, MAYBE)
+def test_the_fusion_instruction_names_only_what_is_given(title: str, category: str, text: str, visual: str) -> None:
+    made = items.fuse(title, category, text, visual)
+    check(made, title, category, text, visual)
+    labels = {"Title: ": title, "Category: ": category, "Text: ": text, "Seen in the picture: ": visual}
+    for label, value in labels.items():
+        assert (label in made) == bool(value)
+
+
+@given(MAYBE, MAYBE)
+def test_a_composed_description_is_the_text_and_what_was_seen(text: str, visual: str) -> None:
+    made = items.compose(text, visual)
+    if text or visual:
+        check(made, text, visual)
+    else:
+        assert made == ""
+    assert ("Picture" in made) == bool(visual)
+
+
+@pytest.mark.parametrize("name", items.QUESTIONS)
+def test_a_question_follows_the_picture_and_the_answer_has_begun(name: str) -> None:
+    question = items.QUESTIONS[name]
+    check(items.PICTURE + "x" + items.ask(question.ask))
+    check(items.NO_PICTURE + items.ask(question.ask))
+    assert question.ask.endswith("?")
+    assert question.answer and question.answer == question.answer.strip()  # the answer's own space follows
+
+
+# Users
+
+
+@given(SOME, MANY)
+def test_a_window_is_a_list_of_its_items(lines: list[str], phrases: list[str]) -> None:
+    weighed, written = users.window(lines), users.summarise(lines, phrases)
+    check(weighed, *lines)
+    check(written, *lines, *phrases)
+    assert ("share" in written) == bool(phrases)
+    for text in (weighed, written):
+        assert text.count("\n- ") == len(lines)
+    check(users.rated_low(lines[0]), lines[0])
+    assert users.window([]) != users.EMPTY_WINDOW
+
+
+@given(MANY, MANY, MANY, MANY)
+def test_a_preference_says_each_movement_or_that_nothing_is_known(
+    stays: list[str], rises: list[str], fades: list[str], disliked: list[str]
+) -> None:
+    made = users.preference(stays, rises, fades, disliked)
+    check(made, *stays, *rises, *fades, *disliked)
+    parts = {"stays with": stays, "newly turns to": rises, "turns away from": fades, "rated low": disliked}
+    assert [verb for verb in parts if verb in made] == [verb for verb, phrases in parts.items() if phrases]
+    assert (made == users.NOTHING) == (not any(parts.values()))
+    check(users.summary(stays), *stays)
+
+
+@given(MANY, st.integers(0, 99), st.none() | st.floats(0, 5000))
+@example(["wool"], 2, 0.5)
+def test_a_profile_says_tastes_size_and_rhythm(stable: list[str], count: int, gap: float | None) -> None:
+    made = users.profile(stable, count, gap)
+    check(made)
+    assert "0 day" not in re.sub(r"[1-9]\d*0 day", "", made)
+    if count:
+        check(made, *stable)
+        assert f"{count} choice{'' if count == 1 else 's'} so far" in made
+        assert ("typically" in made) == (gap is not None)
+    else:
+        assert made == users.NOTHING
+
+
+@pytest.mark.parametrize(
+    ("gap", "rhythm"),
+    [
+        (0.4, "several a day"),
+        (0.5, "several a day"),
+        (0.6, "one in 1 day"),
+        (1.5, "one in 2 days"),
+        (7, "one in 7 days"),
+    ],
+)
+def test_a_rhythm_is_said_in_whole_days(gap: float, rhythm: str) -> None:
+    assert users.profile([], 1, gap) == f"has a broad taste; 1 choice so far, typically {rhythm}"
+
+
+@given(MANY, WORDS)
+def test_the_models_own_words_end_the_preference(stays: list[str], summary: str) -> None:
+    made = users.in_own_words(users.preference(stays, [], [], []), summary)
+    check(made, *stays, summary)
+    assert not made.endswith(".")  # the prompt sets the full stop
+
+
+# Ranking
+
+
+@given(MAYBE, MAYBE, MANY)
+def test_the_prefix_holds_what_is_known_and_ends_where_the_item_begins(
+    taste: str, movement: str, recent: list[str]
+) -> None:
+    made = ranking.prefix(taste or users.NOTHING, movement or users.NOTHING, recent)
+    check(made, taste, movement, *recent)
+    assert made.endswith("Will the user choose this item next?\nItem: ")
+    assert ("oldest first" in made) == bool(recent)
+
+
+@given(MAYBE, MAYBE, MAYBE)
+def test_an_item_has_a_short_and_a_long_form_whatever_it_lacks(title: str, category: str, description: str) -> None:
+    long, short = ranking.candidate(title, category, description), ranking.line(title, category)
+    check(long, title, category, description)
+    check(short, title, category)
+    assert re.search(r"[^. ]\.$", long)
+    for asked in (ranking.QUESTION, ranking.QUESTION_COT):
+        check(long + asked)
+    if not (title or category or description):
+        assert (long, short) == ("item without text.", "item without text")
+
+
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [
+        (("Hat", "Wool", "warm ..."), "Hat. Wool. warm."),
+        (("Hat.", "", ""), "Hat."),
+        (("...", "", "warm"), "warm."),
+    ],
+)
+def test_a_candidate_by_hand(parts: tuple[str, str, str], text: str) -> None:
+    assert ranking.candidate(*parts) == text
+
+
+@given(MANY, MANY, st.booleans())
+def test_a_rationale_ends_with_the_answer(meets: list[str], like: list[str], chosen: bool) -> None:
+    made = ranking.rationale(meets, like if meets else [], chosen)
+    check(made.replace("None of its facts", "No fact"), *meets, *(like if meets else []))
+    assert made.endswith(". Yes" if chosen else ". No")
+    check(ranking.together("a hat"), "a hat")
+    check(ranking.similar("a hat"), "a hat")

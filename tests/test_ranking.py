@@ -1,0 +1,449 @@
+"""Stage 3: readings are fused as validation chose, stored once, refused when useless; reasons cite what is there."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from fakes import FakeMllm, draw, make_catalogue, make_shop, shown
+from mllm_srec import ranking
+from mllm_srec.errors import ModelError
+from mllm_srec.mllm.base import Prompt, Request
+from mllm_srec.prompts import ranking as prompts
+from mllm_srec.prompts import users as user_prompts
+from mllm_srec.ranking import (
+    PRIORS,
+    SCORES,
+    WEIGHTS,
+    Candidates,
+    Fusion,
+    Reason,
+    check_scores,
+    choose_fusion,
+    explain,
+    fuse,
+    item_priors,
+    score_lists,
+    standardise,
+    stored_priors,
+)
+from mllm_srec.records import empty_user, ranking_request
+from mllm_srec.users import UserState
+from mllm_srec.workspace import Workspace
+
+CATALOGUE = make_catalogue(
+    a="red shoe", b="red hat", c="red hat wool", d="blue shoe", e="blue", f="red hat wool warm shoe"
+)
+IDS = "".join(CATALOGUE.ids)
+STATE = UserState("u", 4, 7, "likes red; 4 choices so far", "newly turns to hat", ("hat", "red", "wool"), (0, 1))
+ALONE = Fusion(1.0, 0.0, 0.0, False)
+
+
+def place(items: str) -> np.ndarray:
+    return np.array([IDS.index(item) for item in items], dtype=np.int32)
+
+
+def read(
+    items: Sequence[str],
+    retrieval: Sequence[Sequence[float]],
+    odds: Sequence[Sequence[float]],
+    loglik: Sequence[Sequence[float]],
+) -> Candidates:
+    values = (np.array(rows, dtype=np.float32) for rows in (retrieval, odds, loglik))
+    return Candidates(np.array([place(row) for row in items]), *values)
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return make_shop(tmp_path, [{"item_id": item_id} for item_id in IDS], {"u": [("a", 1, None)]})
+
+
+# Fusion
+
+
+def test_standardising_by_hand() -> None:
+    made = standardise(np.array([[1.0, 3.0], [5.0, 5.0], [-2.0, 2.0]]))
+    np.testing.assert_array_equal(made, [[-1, 1], [0, 0], [-1, 1]])
+    np.testing.assert_allclose(standardise(np.array([[0.0, 0.0, 3.0]])), [[-(0.5**0.5), -(0.5**0.5), 2**0.5]])
+
+
+@given(
+    arrays(np.float64, (3, 5), elements=st.integers(-50, 50).map(float)),
+    st.floats(0.5, 20),
+    st.floats(-30, 30),
+)
+def test_within_a_user_scale_and_level_do_not_count(scores: np.ndarray, scale: float, level: float) -> None:
+    made = standardise(scores)
+    np.testing.assert_allclose(made.mean(1), 0, atol=1e-9)
+    for row, of_row in zip(scores, made, strict=True):
+        assert of_row.std() == (pytest.approx(1) if np.ptp(row) else 0)
+    np.testing.assert_allclose(standardise(scores * scale + level), made, atol=1e-9)
+
+
+PRIORS_BY_HAND = np.array([[5.0, -1.0], [1.0, -1.0], *[[np.nan, np.nan]] * 4], dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("fusion", "fused"),
+    [
+        (ALONE, [-1, 1]),
+        (Fusion(2.0, 0.0, 0.0, True), [-2, 2]),
+        (Fusion(1.0, 0.5, 2.0, False), [-1 + 0.5 - 2, 1 - 0.5 + 2]),
+        (Fusion(1.0, 0.5, 2.0, True), [-1 - 0.5 - 2, 1 + 0.5 + 2]),  # odds 4 - 5 and 2 - 1
+    ],
+)
+def test_fusion_by_hand(fusion: Fusion, fused: list[float]) -> None:
+    candidates = read(["ab"], [[1, 3]], [[4, 2]], [[-3, -1]])
+    made = fuse(candidates, PRIORS_BY_HAND, fusion)
+    np.testing.assert_allclose(made, [fused])
+    assert made.dtype == np.float64
+
+
+def test_each_candidate_is_read_against_its_own_prior() -> None:
+    candidates = read(["ba", "ab"], [[0, 0], [0, 0]], [[2, 2], [2, 2]], [[0, 0], [0, 0]])
+    made = fuse(candidates, PRIORS_BY_HAND, Fusion(1.0, 1.0, 0.0, True))
+    np.testing.assert_allclose(made, [[1, -1], [-1, 1]])  # b's prior is 1, a's is 5
+
+
+def test_the_empty_user_may_be_unknown_where_it_is_not_subtracted() -> None:
+    candidates = read(["cd"], [[0, 1]], [[1, 2]], [[1, 2]])
+    assert np.isfinite(fuse(candidates, PRIORS_BY_HAND, Fusion(1.0, 1.0, 1.0, False))).all()
+
+
+# Retrieval alone puts the target last; against retrieval's 1, a reading that puts it first must weigh more than 1.
+AGAINST, FOR = [[1, 0]], [[0, 1]]
+NO_PRIORS = np.zeros((6, 2), dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("odds", "loglik", "chosen"),
+    [
+        (FOR, AGAINST, Fusion(1.0, 2.0, 0.0, False)),
+        (AGAINST, FOR, Fusion(1.0, 0.0, 2.0, False)),
+        (AGAINST, AGAINST, ALONE),
+        ([[0, 0]], [[0, 0]], ALONE),
+        # together 1.25 is the smallest sum that outweighs 1; of the equal ones the smaller weight of the odds
+        (FOR, FOR, Fusion(1.0, 0.25, 1.0, False)),
+    ],
+)
+def test_the_informative_reading_is_chosen(odds: list[list[int]], loglik: list[list[int]], chosen: Fusion) -> None:
+    candidates = read(["ab"], AGAINST, odds, loglik)
+    assert choose_fusion(candidates, NO_PRIORS, place("b")) == chosen
+
+
+def test_the_empty_user_is_subtracted_where_only_that_informs() -> None:
+    priors = NO_PRIORS.copy()
+    priors[:2, 1] = [3, 0]  # item a is likely for everybody
+    candidates = read(["ab"], AGAINST, AGAINST, [[2, 1]])
+    assert choose_fusion(candidates, priors, place("b")) == Fusion(1.0, 0.0, 2.0, True)
+
+
+def test_equal_choices_go_to_the_smaller_weights() -> None:
+    candidates = read(["ab", "ba"], [[0, 1], [1, 0]], [[0, 1], [1, 0]], [[0, 1], [1, 0]])
+    assert choose_fusion(candidates, NO_PRIORS, place("bb")) == ALONE
+
+
+def test_only_lists_that_hold_their_target_decide() -> None:
+    lost = read(["cd", "cd", "ab"], [[1, 0]] * 3, [[0, 1], [0, 1], [1, 0]], [[1, 0], [1, 0], [0, 1]])
+    assert choose_fusion(lost, NO_PRIORS, place("aab")) == Fusion(1.0, 0.0, 2.0, False)
+    nothing = read(["cd"], AGAINST, [[math.nan] * 2], FOR)
+    assert choose_fusion(nothing, NO_PRIORS, place("a")) == ALONE
+
+
+def test_only_the_head_of_the_list_counts() -> None:
+    # The odds lift the target from the third to the second place: that is nothing at cutoff 1.
+    candidates = read(["abc"], [[9, 8, 0]], [[9, 0, 9]], [[0, 0, 0]])
+    assert choose_fusion(candidates, NO_PRIORS, place("c"), cutoff=1) == ALONE
+    assert choose_fusion(candidates, NO_PRIORS, place("c"), cutoff=2).odds > 0
+
+
+@given(arrays(np.float32, (3, 4, 4), elements=st.integers(-3, 3).map(float)), st.lists(st.integers(0, 3)))
+def test_the_choice_is_on_the_grid_and_never_worse_than_retrieval(values: np.ndarray, wanted: list[int]) -> None:
+    target = np.array([*wanted, 0, 0, 0, 0][:4], dtype=np.int32)
+    candidates = Candidates(np.tile(np.arange(4, dtype=np.int32), (4, 1)), *values)
+    chosen = choose_fusion(candidates, NO_PRIORS, target)
+    assert chosen.retrieval == 1.0
+    assert {chosen.odds, chosen.loglik} <= set(WEIGHTS)
+
+    def value(fusion: Fusion) -> float:
+        places = ranking.metrics.places(fuse(candidates, NO_PRIORS, fusion), target)
+        return float(ranking.metrics.ndcg(*places, 10).mean())
+
+    assert value(chosen) >= value(ALONE)
+
+
+# Priors
+
+
+def test_priors_are_read_for_the_empty_user_stored_and_reused(workspace: Workspace) -> None:
+    mllm, items = FakeMllm(), place("dbf")
+    priors = item_priors(workspace, mllm, CATALOGUE, items)
+    prefix = shown(ranking_request(empty_user(), CATALOGUE, items).prefix)
+    for item in items:
+        candidate = CATALOGUE.candidates[item]
+        np.testing.assert_allclose(priors[item], [draw(prefix, candidate, "odds"), draw(prefix, candidate)])
+    others = np.setdiff1d(np.arange(len(IDS)), items)
+    assert np.isnan(priors[others]).all()
+    assert (priors.dtype, priors.shape) == (np.float32, (6, 2))
+    assert [request.candidates for request in mllm.scored] == [tuple(CATALOGUE.candidates[i] for i in items)]
+    again = item_priors(workspace, mllm, CATALOGUE, items)
+    np.testing.assert_array_equal(again, priors)
+    assert len(mllm.scored) == 1
+    item_priors(workspace, mllm, CATALOGUE, place("dbfa"))
+    assert mllm.scored[-1].candidates == (CATALOGUE.candidates[0],)
+
+
+def test_stored_priors_are_the_same_and_write_nothing(workspace: Workspace) -> None:
+    items, mllm = place("abdf"), FakeMllm()
+    stored = item_priors(workspace, mllm, CATALOGUE, items[:2])
+    rows, asked = workspace.rows(PRIORS), len(mllm.scored)
+    priors = stored_priors(workspace, mllm, CATALOGUE, items)
+    assert mllm.scored[asked:] == [ranking_request(empty_user(), CATALOGUE, items[2:])]
+    assert workspace.rows(PRIORS).equals(rows)
+    np.testing.assert_array_equal(priors[:2], stored[:2])
+    np.testing.assert_array_equal(priors, item_priors(workspace, mllm, CATALOGUE, items))
+    asked = len(mllm.scored)
+    stored_priors(workspace, mllm, CATALOGUE, items)
+    assert len(mllm.scored) == asked
+
+
+@pytest.mark.parametrize("change", ["model", "item", "ranking prompts", "empty user"])
+def test_priors_that_no_longer_hold_are_read_again(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    item_priors(workspace, FakeMllm(), CATALOGUE, place("ab"))
+    mllm, catalogue = FakeMllm("fake-2" if change == "model" else "fake-1"), CATALOGUE
+    if change == "item":
+        catalogue = replace(CATALOGUE, candidates=["another text.", *CATALOGUE.candidates[1:]])
+    if change == "ranking prompts":
+        monkeypatch.setattr(prompts, "VERSION", "ranking-next")
+    if change == "empty user":
+        monkeypatch.setattr(user_prompts, "NOTHING", "a stranger")
+    fresh = 1 if change == "item" else 2
+    stored_priors(workspace, mllm, catalogue, place("ab"))
+    assert [len(request.candidates) for request in mllm.scored] == [fresh]
+    item_priors(workspace, mllm, catalogue, place("ab"))
+    assert [len(request.candidates) for request in mllm.scored] == [fresh, fresh]
+
+
+# Lists
+
+
+def states(count: int) -> list[UserState]:
+    return [replace(STATE, user_id=f"u{n}", profile=f"likes {n}") for n in range(count)]
+
+
+LISTS = np.array([place("abc"), place("dcb"), place("fea")])
+RETRIEVED = np.arange(9, dtype=np.float32).reshape(3, 3)
+
+
+def test_each_list_is_read_under_its_own_state_and_keeps_its_place(workspace: Workspace) -> None:
+    mllm = FakeMllm()
+    made = score_lists(workspace, mllm, CATALOGUE, states(3), LISTS, RETRIEVED, "test", batch=2)
+    for row, (state, items) in enumerate(zip(states(3), LISTS, strict=True)):
+        prefix = shown(ranking_request(state, CATALOGUE, items).prefix)
+        for column, item in enumerate(items):
+            candidate = CATALOGUE.candidates[item]
+            assert made.odds[row, column] == pytest.approx(draw(prefix, candidate, "odds"))
+            assert made.loglik[row, column] == pytest.approx(draw(prefix, candidate))
+    np.testing.assert_array_equal(made.items, LISTS)
+    np.testing.assert_array_equal(made.retrieval, RETRIEVED)
+    assert made.odds.dtype == made.loglik.dtype == np.float32
+    assert [request.question for request in mllm.scored] == [prompts.QUESTION] * 3
+    assert {json.loads(key)[0] for key in workspace.rows(SCORES)["key"]} == {"test"}
+
+
+def test_lists_are_reused_and_only_changed_ones_read_again(workspace: Workspace) -> None:
+    mllm = FakeMllm()
+    first = score_lists(workspace, mllm, CATALOGUE, states(3), LISTS, RETRIEVED, "test")
+    order = np.array([2, 0, 1])
+    shuffled = score_lists(
+        workspace, mllm, CATALOGUE, [states(3)[i] for i in order], LISTS[order], RETRIEVED[order], "test"
+    )
+    assert len(mllm.scored) == 3
+    np.testing.assert_array_equal(shuffled.odds, first.odds[order])
+    np.testing.assert_array_equal(shuffled.loglik, first.loglik[order])
+    changed = LISTS.copy()
+    changed[1] = place("dcf")
+    score_lists(workspace, mllm, CATALOGUE, states(3), changed, RETRIEVED, "test")
+    moved = [states(3)[0], states(3)[1], replace(states(3)[2], preference="newly turns to wool")]
+    score_lists(workspace, mllm, CATALOGUE, moved, changed, RETRIEVED, "test")
+    assert mllm.scored[3:] == [
+        ranking_request(states(3)[1], CATALOGUE, changed[1]),
+        ranking_request(moved[2], CATALOGUE, changed[2]),
+    ]
+    other = FakeMllm("fake-2")
+    score_lists(workspace, other, CATALOGUE, moved, changed, RETRIEVED, "test")
+    score_lists(workspace, other, CATALOGUE, moved, changed, RETRIEVED, "validation")
+    assert len(other.scored) == 6
+    assert workspace.count("scores") == 6
+
+
+def test_targets_that_share_a_state_share_a_reading(workspace: Workspace) -> None:
+    mllm = FakeMllm()
+    made = score_lists(workspace, mllm, CATALOGUE, [STATE, STATE], LISTS[[0, 0]], RETRIEVED[:2], "test")
+    assert len(mllm.scored) == 1
+    np.testing.assert_array_equal(made.odds[0], made.odds[1])
+
+
+def test_no_lists_are_no_error(workspace: Workspace) -> None:
+    made = score_lists(workspace, FakeMllm(), CATALOGUE, [], LISTS[:0], RETRIEVED[:0], "test")
+    assert made.odds.shape == made.loglik.shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("odds", "loglik", "message"),
+    [
+        (math.nan, None, r"odds of Yes that are not finite: try model.dtype=float32"),
+        (None, -math.inf, r"log-likelihoods that are not finite: try model.dtype=float32"),
+        (0.5, None, r"the same odds of Yes for every candidate"),
+        (None, -2.0, r"the same log-likelihoods for every candidate"),
+    ],
+)
+def test_scores_that_cannot_rank_are_refused(
+    workspace: Workspace, odds: float | None, loglik: float | None, message: str
+) -> None:
+    mllm = FakeMllm()
+    if odds is not None:
+        mllm.odds = lambda before, candidate: odds
+    if loglik is not None:
+        mllm.likelihood = lambda before, candidate: loglik
+    with pytest.raises(ModelError, match=message):
+        score_lists(workspace, mllm, CATALOGUE, states(3), LISTS, RETRIEVED, "test")
+
+
+def test_scores_that_differ_between_users_only_are_refused() -> None:
+    good, between = np.array([[1.0, 2.0], [3.0, 3.0]]), np.array([[1.0, 1.0], [2.0, 2.0]])
+    check_scores(good, good)
+    check_scores(np.ones((2, 1)), np.ones((2, 1)))  # one candidate needs no order
+    check_scores(good[0], good[0])
+    for odds, loglik in ((between, good), (good, between), (between[0], good[0])):
+        with pytest.raises(ModelError, match="for every candidate"):
+            check_scores(odds, loglik)
+
+
+# Reasons
+
+HISTORY = place("abde")
+SHARED = "It meets the taste for hat, red, wool, like b the title and a the title"
+
+
+def reason(written: str, item: str = "c", company: str = "", kin: str = "", history: np.ndarray = HISTORY) -> Reason:
+    found = [IDS.index(other) if other else None for other in (company, kin)]
+    (made,) = explain(
+        FakeMllm(say=lambda prompt: written), CATALOGUE, STATE, history, [IDS.index(item)], *([at] for at in found)
+    )
+    return made
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [
+        ("It meets the taste for red, like b the title. Yes", "It meets the taste for red, like b the title."),
+        ("A red hat with wool, \n for the taste for red. Yes.", "A red hat with wool, for the taste for red."),
+        ("Red wool meets the taste", "Red wool meets the taste"),
+    ],
+)
+def test_the_models_words_are_kept_where_everything_in_them_is_known(written: str, kept: str) -> None:
+    assert reason(written) == Reason(kept, "model", ("hat", "red", "wool"), ("b", "a"))
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "A red hat of golden silk. Yes",  # invented
+        "It meets the taste. Yes",  # names no shared fact
+        "It meets the taste for red. No",  # answers the other way
+        "It does not meet the taste for red.",
+        "It doesn't meet the taste for red. Yes",
+        "None meets the taste for red. Yes",
+        "Yes",
+        "",
+    ],
+)
+def test_other_words_give_way_to_the_evidence(written: str) -> None:
+    assert reason(written) == Reason(f"{SHARED}.", "evidence", ("hat", "red", "wool"), ("b", "a"))
+
+
+@pytest.mark.parametrize(
+    ("company", "kin", "expected"),
+    [
+        ("a", "b", Reason("Often chosen by those who chose a the title.", "evidence", (), ("a",))),
+        ("", "b", Reason("Close in content to b the title.", "evidence", (), ("b",))),
+        ("", "", Reason("Chosen by many users; no fact of it meets the known taste.", "evidence", (), ())),
+    ],
+)
+def test_without_shared_facts_the_log_then_the_content_give_the_reason(
+    company: str, kin: str, expected: Reason
+) -> None:
+    # d is blue and a shoe, none of the user's tastes: whatever the model writes about it is not kept
+    assert reason("d the title is a blue shoe. Yes", "d", company, kin) == expected
+
+
+def test_shared_facts_go_before_company() -> None:
+    assert reason("", "c", "d", "e").text == f"{SHARED}."
+    assert reason("", "c", "d", "e", place("e")) == Reason(
+        "It meets the taste for hat, red, wool.", "evidence", ("hat", "red", "wool"), ()
+    )
+
+
+def test_every_item_is_asked_once_in_the_chain_of_thought_form() -> None:
+    mllm = FakeMllm()
+    assert explain(mllm, CATALOGUE, STATE, HISTORY, [], [], []) == []
+    assert mllm.calls() == 0
+    explain(mllm, CATALOGUE, STATE, HISTORY, place("cf").tolist(), [None] * 2, [None] * 2)
+    request = ranking_request(STATE, CATALOGUE, place("cf"))
+    assert [shown(prompt) for prompt in mllm.generated] == [
+        shown(request.prefix) + candidate + prompts.QUESTION_COT for candidate in request.candidates
+    ]
+
+
+SENTENCES = ["It meets the taste for red. Yes", "warm hat. Yes", "golden. Yes", "blue shoe", "wool. No", ""]
+
+
+@given(
+    st.lists(st.sampled_from(range(len(IDS))), min_size=1, max_size=4),
+    st.text(IDS, min_size=1, max_size=6),
+    st.sampled_from(SENTENCES),
+    st.booleans(),
+)
+def test_reasons_cite_facts_of_the_item_and_events_of_the_history(
+    items: list[int], history: str, written: str, known: bool
+) -> None:
+    events = place(history)
+    other = [int(events[-1]) if known else None] * len(items)
+
+    def say(prompt: Prompt) -> str:
+        return written
+
+    reasons = explain(FakeMllm(say=say), CATALOGUE, STATE, events, items, other, other[::-1])
+    assert len(reasons) == len(items)
+    for item, made in zip(items, reasons, strict=True):
+        assert set(made.facts) <= set(CATALOGUE.facts[item]) & set(STATE.phrases)
+        assert set(made.events) <= set(history)
+        assert made.text.strip() and not made.text.endswith(("Yes", "No"))
+        assert made.by == "evidence" or any(fact in made.text.lower() for fact in made.facts)
+
+
+# With a model
+
+
+def test_a_model_of_transformers_ranks_through_the_same_interface(workspace: Workspace) -> None:
+    from tiny_models import tiny_mllm
+
+    mllm = tiny_mllm()
+    made = score_lists(workspace, mllm, CATALOGUE, states(3), LISTS, RETRIEVED, "test")
+    priors = item_priors(workspace, mllm, CATALOGUE, np.unique(LISTS))
+    fused = fuse(made, priors, Fusion(1.0, 1.0, 1.0, True))
+    assert np.isfinite(fused).all()
+    alone = mllm.score([Request(ranking_request(states(3)[1], CATALOGUE, [2]).prefix, (CATALOGUE.candidates[2],), "?")])
+    np.testing.assert_allclose(made.loglik[1, 1], alone[0][0, 1], atol=1e-4)
+    reasons = explain(mllm, CATALOGUE, STATE, HISTORY, [2], [None], [None])
+    assert reasons[0].facts == ("hat", "red", "wool")

@@ -1,0 +1,154 @@
+"""Instruction records: a prompt holds all that is known and nothing of the answer; reasons cite what is there."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fakes import make_catalogue, shown
+from mllm_srec.errors import MllmSrecError
+from mllm_srec.records import (
+    EVENTS_SHOWN,
+    FACTS_SHOWN,
+    Evidence,
+    empty_user,
+    explain_prompt,
+    find_evidence,
+    ranking_request,
+    rationale,
+    training_record,
+)
+from mllm_srec.users import UserState
+
+CATALOGUE = make_catalogue(
+    a="red shoe", b="red hat", c="red hat wool", d="blue shoe", e="blue", f="red hat wool warm shoe", g=""
+)
+IDS = "".join(CATALOGUE.ids)
+STATE = UserState(
+    "u", 4, 7, "likes red; 4 choices so far", "newly turns to hat", ("hat", "red", "wool", "warm"), (0, 1)
+)
+
+
+def place(items: str) -> np.ndarray:
+    return np.array([IDS.index(item) for item in items], dtype=np.int32)
+
+
+# The prompt
+
+
+def test_the_prompt_holds_profile_preference_recent_items_candidate_and_question() -> None:
+    request = ranking_request(STATE, CATALOGUE, place("df"))
+    assert request.prefix.system == "You predict which item a user chooses next."
+    assert request.prefix.parts == (
+        "The user likes red; 4 choices so far.\n"
+        "Lately the user: newly turns to hat.\n"
+        "Last choices, oldest first:\n- a the title\n- b the title\n"
+        "Will the user choose this item next?\nItem: ",
+    )
+    assert request.candidates == ("d the title. blue shoe.", "f the title. red hat wool warm shoe.")
+    assert request.question == "\nYes or No?"
+
+
+def test_the_user_of_whom_nothing_is_known_leaves_only_the_item() -> None:
+    request = ranking_request(empty_user(), CATALOGUE, [3])
+    assert "shows no taste yet" in shown(request.prefix)
+    assert "Last choices" not in shown(request.prefix)
+    assert not any(line in shown(request.prefix) for line in CATALOGUE.lines)
+
+
+@given(st.permutations(range(len(IDS))))
+def test_a_candidate_stands_nowhere_but_in_its_own_place(order: list[int]) -> None:
+    recent, candidates = tuple(order[:3]), order[3:]
+    request = ranking_request(replace(STATE, recent=recent), CATALOGUE, candidates)
+    assert request.candidates == tuple(CATALOGUE.candidates[i] for i in candidates)
+    for item in candidates:
+        assert CATALOGUE.lines[item] not in shown(request.prefix)
+    for item in recent:
+        assert shown(request.prefix).count(CATALOGUE.lines[item]) == 1
+
+
+def test_the_chain_of_thought_differs_only_in_its_question() -> None:
+    direct, cot = ranking_request(STATE, CATALOGUE, [3]), explain_prompt(STATE, CATALOGUE, 3)
+    assert cot.system == direct.prefix.system
+    assert cot.parts == (
+        *direct.prefix.parts,
+        "d the title. blue shoe.\nWhich facts meet or miss the taste? Then Yes or No.",
+    )
+
+
+# Evidence
+
+
+@pytest.mark.parametrize(
+    ("item", "history", "meets", "like"),
+    [
+        ("c", "abd", ("hat", "red", "wool"), "ba"),  # b shares two facts, a one, d none
+        ("b", "cbfc", ("hat", "red"), "cf"),  # equal ones: the newest first; each once; never the item itself
+        ("f", "e", ("hat", "red", "wool"), ""),  # the three strongest tastes
+        ("e", "de", (), ""),  # blue is no taste of the user
+        ("g", "abc", (), ""),
+        ("a", "", ("red",), ""),
+    ],
+)
+def test_evidence_by_hand(item: str, history: str, meets: tuple[str, ...], like: str) -> None:
+    found = find_evidence(STATE, CATALOGUE, IDS.index(item), place(history))
+    assert found == Evidence(meets, tuple(place(like)))
+
+
+@given(st.sampled_from(range(len(IDS))), st.text(IDS, max_size=9), st.permutations(STATE.phrases))
+def test_evidence_cites_facts_of_the_item_and_events_of_the_history(
+    item: int, history: str, phrases: list[str]
+) -> None:
+    found = find_evidence(replace(STATE, phrases=tuple(phrases)), CATALOGUE, item, place(history))
+    assert set(found.meets) <= set(CATALOGUE.facts[item]) & set(phrases)
+    assert set(found.like) <= set(place(history).tolist()) - {item}
+    assert (len(found.meets) <= FACTS_SHOWN, len(found.like) <= EVENTS_SHOWN) == (True, True)
+    for event in found.like:
+        assert set(CATALOGUE.facts[event]) & set(found.meets)
+
+
+@pytest.mark.parametrize(
+    ("evidence", "chosen", "text"),
+    [
+        (
+            Evidence(("hat", "red"), (1, 0)),
+            True,
+            "It meets the taste for hat, red, like b the title and a the title. Yes",
+        ),
+        (Evidence(("red",), ()), False, "It meets the taste for red. No"),
+        (Evidence((), ()), False, "None of its facts meets the known taste. No"),
+    ],
+)
+def test_a_rationale_says_the_evidence_and_the_answer(evidence: Evidence, chosen: bool, text: str) -> None:
+    assert rationale(evidence, CATALOGUE, chosen) == text
+
+
+# Training records
+
+
+def test_the_positive_stands_first_and_alone_is_answered_yes() -> None:
+    record = training_record(STATE, CATALOGUE, 4, 2, [3, 4], place("abde"))
+    assert record.request == ranking_request(STATE, CATALOGUE, [2, 3, 4])
+    assert record.cot == (
+        (0, "It meets the taste for hat, red, wool, like b the title and a the title. Yes"),
+        (1, "None of its facts meets the known taste. No"),
+    )
+
+
+def test_a_record_without_negatives_has_one_rationale() -> None:
+    record = training_record(STATE, CATALOGUE, 4, 2, [], place("abde"))
+    assert [at for at, _ in record.cot] == [0]
+    assert len(record.request.candidates) == 1
+
+
+@given(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9))
+def test_a_state_or_a_history_that_has_seen_the_target_is_refused(end: int, seen: int, position: int) -> None:
+    history = np.zeros(seen, dtype=np.int32)
+    state = replace(STATE, user_id="ann", end=end)
+    if max(end, seen) > position:
+        with pytest.raises(MllmSrecError, match=rf"'ann'.*{max(end, seen)} events has seen .* position {position}"):
+            training_record(state, CATALOGUE, position, 2, [3], history)
+    else:
+        assert training_record(state, CATALOGUE, position, 2, [3], history).request.candidates
