@@ -1,5 +1,5 @@
-"""Fixtures for all tests: real data where it is given; a finished workspace over the sample shop with a tiny model, made
-once; tests that write work on a copy."""
+"""Fixtures for all tests: real data where it is given, and a finished workspace over the sample shop with a tiny model,
+made once; tests that write work on a copy."""
 
 import os
 import shutil

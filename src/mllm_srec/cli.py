@@ -1,6 +1,7 @@
 """The command line: one function per command, heavy imports inside, so that `--help` answers at once."""
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -25,6 +26,8 @@ SetOption = Annotated[
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change a configuration key, e.g. users.window=5."),
 ]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="A YAML file of configuration keys.")]
+
+SKIPPED_SHOWN = 10
 
 
 @app.command()
@@ -68,8 +71,11 @@ def ingest(
         f"{dataset.interactions.height:,} interactions; repeats: {dataset.repeats} ({dataset.repeats_dropped:,} "
         f"dropped); pictures: {pictures}; rows skipped: {dataset.skipped.height:,}"
     )
-    for row in dataset.skipped.head(10).iter_rows(named=True):
+    for row in dataset.skipped.head(SKIPPED_SHOWN).iter_rows(named=True):
         typer.echo(f"  skipped {row['file']} line {row['line']}, {row['column']}: {row['reason']}", err=True)
+    if dataset.skipped.height > SKIPPED_SHOWN:
+        more = dataset.skipped.height - SKIPPED_SHOWN
+        typer.echo(f"  ... and {more:,} more: Workspace.open({str(workspace)!r}).dataset().skipped", err=True)
 
 
 def _change_config(workspace: Any, change: list[str] | None) -> None:
@@ -170,14 +176,15 @@ def recommend(
     as_json: JsonOption = False,
 ) -> None:
     """Ranked items for a user of the log, or for a history from outside."""
-    from dataclasses import asdict
-
     from mllm_srec.errors import UsageError
-    from mllm_srec.recommender import Recommender
-    from mllm_srec.workspace import Workspace
 
     if (user is None) == (history is None):
         raise UsageError("give exactly one of --user and --history")
+    from dataclasses import asdict
+
+    from mllm_srec.recommender import Recommender
+    from mllm_srec.workspace import Workspace
+
     ids = [part.strip() for part in history.split(",") if part.strip()] if history is not None else None
     answer = Recommender(Workspace.open(workspace)).recommend(user=user, history=ids, k=k, explain=explain)
     if as_json:
@@ -256,7 +263,8 @@ def print_answer(answer: "Answer") -> None:
     typer.echo(f"  lately:     {answer.preference}")
     typer.echo(f"  last:       {'; '.join(answer.recent)}")
     for place, item in enumerate(answer.items, start=1):
-        typer.echo(f"  {place:2d}. {item.title}  [{item.item_id}]  {item.score:+.2f}")
+        score = "not read by the model" if math.isnan(item.score) else f"{item.score:+.2f}"
+        typer.echo(f"  {place:2d}. {item.title}  [{item.item_id}]  {score}")
         if item.reason:
             typer.echo(f"      {item.reason} (by {item.reason_by})")
 
@@ -267,7 +275,7 @@ def _finite(value: Any) -> Any:
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(part) for part in value]
-    return None if isinstance(value, float) and value != value else value
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def main() -> None:
@@ -285,9 +293,10 @@ def main() -> None:
     except OSError as error:
         typer.echo(f"error: {error.strerror or error}: {error.filename or ''}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("stopped; finished rows are kept, the same command goes on from there", err=True)
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == 130:  # typer's way to end after Ctrl-C
+            typer.echo("stopped; finished rows are kept, the same command goes on from there", err=True)
+        raise
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ Unknown keys are refused with the nearest known name. Presets are dictionaries l
 
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mllm_srec.errors import UsageError
 
@@ -63,32 +63,41 @@ class UsersConfig(_Section):
     """Newest events that enter a state."""
     window: int = Field(10, ge=1)
     step: int = Field(10, ge=1)
+    """Events from one window's start to the next; at most `window`, so that every event is read."""
     summary: Literal["score", "generate"] = "score"
     """`score`: the model weighs phrases the window's items share; `generate`: it writes the summary."""
     summary_tokens: int = Field(24, ge=4)
     recent: int = Field(5, ge=0)
     """Newest items that enter the ranking prompt in raw short form."""
 
+    @model_validator(mode="after")
+    def _no_gaps(self) -> Self:
+        if self.step > self.window:
+            raise ValueError(f"step {self.step} is larger than window {self.window}: events between would not be read")
+        return self
+
 
 class RetrievalConfig(_Section):
     """Candidates from co-occurrence and content."""
 
     candidates: int = Field(20, ge=2)
-    content_weights: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+    content_weights: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = Field(
+        (0.0, 0.25, 0.5, 1.0, 2.0, 4.0), min_length=1
+    )
     """Weights of the content score that validation chooses from."""
 
 
 class TrainingConfig(_Section):
     """Stage 3, LoRA fine-tuning; one row is one user with a positive and its negatives."""
 
-    rows: int = Field(600, ge=0)
+    rows: int = Field(400, ge=0)
     """Training rows per epoch at most; 0 ranks without fine-tuning."""
     epochs: int = Field(1, ge=1)
     negatives: int = Field(8, ge=1)
     rank: int = Field(16, ge=1)
     top_layers: int = Field(12, ge=1)
     """Only this many of the language model's last layers are adapted."""
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
     accumulate: int = Field(4, ge=1)
     """Rows per optimiser step."""
     save_steps: int = Field(25, ge=1)
@@ -97,7 +106,7 @@ class TrainingConfig(_Section):
 class EvaluationConfig(_Section):
     """Full-catalogue metrics with bootstrap intervals over users."""
 
-    cutoffs: tuple[int, ...] = (5, 10, 20)
+    cutoffs: tuple[Annotated[int, Field(ge=1)], ...] = Field((5, 10, 20), min_length=1)
     choosing_users: int = Field(400, ge=1)
     """Validation targets at most that choose the fusion weights."""
     users: int | None = Field(None, ge=1)
@@ -108,7 +117,7 @@ class EvaluationConfig(_Section):
 class Config(_Section):
     """Everything a run depends on besides the data."""
 
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     items: ItemsConfig = ItemsConfig()
@@ -145,6 +154,14 @@ def _known_names(location: tuple[int | str, ...]) -> list[str]:
     return list(node.model_fields)
 
 
+def _full_names(key: str) -> list[str]:
+    return [f"{section}.{key}" for section in Config.model_fields if key in _names_in(section)]
+
+
+def _names_in(section: str) -> list[str]:
+    return list(getattr(Config.model_fields[section].annotation, "model_fields", ()))
+
+
 def _explain(error: ValidationError, source: str) -> UsageError:
     lines = []
     for problem in error.errors():
@@ -152,7 +169,9 @@ def _explain(error: ValidationError, source: str) -> UsageError:
         place = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             known = _known_names(tuple(above))
-            near = get_close_matches(str(last), known, n=1, cutoff=0.5)
+            # A key of a section without the section's name is meant rather than a section that looks like it.
+            near = [] if above else _full_names(str(last))
+            near = near or get_close_matches(str(last), known, n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
             lines.append(f"unknown key '{place}': {hint}")
         else:
@@ -181,20 +200,22 @@ def load_config(path: str | Path | None = None, preset: str = "embedded", overri
     if preset not in PRESETS:
         raise UsageError(f"unknown preset '{preset}': choose one of {', '.join(PRESETS)}")
     values = PRESETS[preset]
-    source = f"preset {preset}"
+    sources = [f"preset {preset}" if path is None else str(path)]
     if path is not None:
-        source = str(path)
         values = _merge(values, read_yaml(Path(path)))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UsageError(f"'{override}' is not of the form section.key=value")
-        nested: Any = yaml.safe_load(text)
+        try:
+            nested: Any = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UsageError(f"--set {override}: the value is not readable as YAML: {error}") from None
         for part in reversed(key.split(".")):
             nested = {part: nested}
         values = _merge(values, nested)
-        source = f"--set {override}"
-    return build_config(values, source)
+        sources.append(f"--set {override}")
+    return build_config(values, ", ".join(sources))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from mllm_srec.mllm.load import load_mllm
 from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.mllm.text_encoder import TextEncoder
 from mllm_srec.progress import say
-from mllm_srec.recommender import ADAPTER, CHOICES, RUN, Choices
+from mllm_srec.recommender import ADAPTER, CHOICES, RUN, Choices, attach_adapter
 from mllm_srec.records import training_record
 from mllm_srec.workspace import Workspace, atomic_write, write_manifest
 
@@ -81,8 +81,10 @@ class Pipeline:
 
     def describe(self) -> None:
         """Stage 1: one row per item in `item_texts`."""
+        self.mllm.drop_adapter()  # descriptions and states are made, and looked up, by the model as it was loaded
         items.describe(self.workspace, self.mllm)
-        self.__dict__.pop("catalogue", None)
+        for stale in ("catalogue", "embeddings"):
+            self.__dict__.pop(stale, None)
 
     def retrieve(self) -> float:
         """Embed the catalogue and choose the content weight on validation; it is stored with the run's choices."""
@@ -104,11 +106,12 @@ class Pipeline:
             held = self._lists(targets, self._retriever(seen)).held
             wanted.append(targets.take(np.flatnonzero(held)))
         pairs = [(int(u), int(e)) for part in wanted for u, e in zip(part.user, part.end, strict=True)]
+        self.mllm.drop_adapter()
         users.comprehend(self.workspace, self.mllm, self.catalogue, pairs)
 
     def train(self) -> None:
         """Stage 3: LoRA on packed rows. Negatives come from a retriever that has not seen the training targets."""
-        if self.config.training.rows == 0 or len(self.chosen.training) == 0:
+        if len(self.chosen.training) == 0:  # also with training.rows=0
             return
         targets, states = self.chosen.training, users.load_states(self.workspace, self.catalogue)
         retriever = self._retriever(self.split.seen_training)
@@ -132,8 +135,7 @@ class Pipeline:
     def evaluate(self) -> dict[str, Any]:
         """Choose the fusion on validation, refit, and look at the test once; returns what metrics.json holds."""
         folder = self.workspace.run(RUN)
-        if (folder / ADAPTER / "manifest.json").exists() and not self.mllm.has_adapter:
-            self.mllm.load_adapter(folder / ADAPTER)
+        attach_adapter(self.mllm, folder, self.config)
         weight = Choices.read(folder).content_weight
         choosing, test = self.chosen.choosing, self.chosen.test
         retriever = self._retriever(self.split.seen_test)

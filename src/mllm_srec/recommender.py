@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mllm_srec.config import Config
 from mllm_srec.errors import StoreError, UsageError
 from mllm_srec.items import Catalogue, load_embeddings
 from mllm_srec.mllm.load import load_mllm
@@ -48,6 +49,19 @@ class Choices:
     def dump(self) -> str:
         """The text that `read` understands."""
         return json.dumps({"content_weight": self.content_weight, "fusion": asdict(self.fusion)}, indent=2)
+
+
+def attach_adapter(mllm: LocalMllm, run: Path, config: Config) -> None:
+    """Put the adapter trained in folder `run` on the model; none with `training.rows` 0 or where none was trained.
+
+    Raises:
+        StoreError: the adapter's files are damaged, or it was trained on another model.
+    """
+    mllm.drop_adapter()
+    if config.training.rows and (run / ADAPTER / "manifest.json").exists():
+        if read_manifest(run / ADAPTER)["model"] != mllm.identity:
+            raise StoreError(f"{run / ADAPTER} was trained on another model: run `mllm-srec train WS` again")
+        mllm.load_adapter(run / ADAPTER)
 
 
 @dataclass(frozen=True)
@@ -112,8 +126,8 @@ class Recommender:
             self.choices.content_weight,
         )
         self.mllm = mllm or load_mllm(self.config.model)
-        if mllm is None and (folder / ADAPTER / "manifest.json").exists():
-            self.mllm.load_adapter(folder / ADAPTER)
+        if mllm is None:
+            attach_adapter(self.mllm, folder, self.config)
         self._place = {item_id: i for i, item_id in enumerate(self.catalogue.ids)}
         self._users = {user_id: i for i, user_id in enumerate(self.histories.users)}
         self._low = low_rating(self.histories)
@@ -147,14 +161,15 @@ class Recommender:
             near = get_close_matches(user, self._users, n=3)
             raise UsageError(
                 f"unknown user {user!r}"
-                + (f": did you mean {', '.join(near)}?" if near else "")
+                + (f": did you mean {', '.join(near)}?" if near else ".")
                 + " For somebody new, give a history of item ids (--history)."
             )
         index = self._users[user]
         items = self.histories.of(index)
         time = None if self.histories.time is None else self.histories.time[self.histories.span(index)]
         low = disliked_events(self.histories, index, self._low)
-        return items, comprehend_history(self.mllm, self.catalogue, items, self.config.users, user, time, low)
+        with self.mllm.without_adapter():  # as `comprehend` does it: the adapter has learnt to rank, not to summarise
+            return items, comprehend_history(self.mllm, self.catalogue, items, self.config.users, user, time, low)
 
     def _outside(self, history: Sequence[str]) -> tuple[np.ndarray, UserState]:
         unknown = [item_id for item_id in history if item_id not in self._place]
@@ -162,28 +177,15 @@ class Recommender:
             near = get_close_matches(unknown[0], self._place, n=3)
             raise UsageError(
                 f"{len(unknown)} of {len(history)} items are not in the catalogue (first: {unknown[0]!r}"
-                + (f"; close: {', '.join(near)})" if near else ")")
+                + (f"; close: {', '.join(near)}" if near else "")
+                + "): correct the ids or leave them out"
             )
         items = np.array([self._place[item_id] for item_id in history], dtype=np.int32)
-        return items, comprehend_history(self.mllm, self.catalogue, items, self.config.users)
+        with self.mllm.without_adapter():
+            return items, comprehend_history(self.mllm, self.catalogue, items, self.config.users)
 
     def _answer(self, user: str | None, items: np.ndarray, state: UserState, k: int, reasons: bool) -> Answer:
-        depth = min(max(k, self.config.retrieval.candidates), len(self.catalogue.ids) - len(set(items.tolist())))
-        listed, retrieval = self.retriever.candidates([items], depth)
-        ranked = min(self.config.retrieval.candidates, depth)
-        head = listed[:, :ranked]
-        scores = self.mllm.score([ranking_request(state, self.catalogue, head[0])])[0]
-        check_scores(scores[:, 0], scores[:, 1])
-        priors = stored_priors(self.workspace, self.mllm, self.catalogue, head[0])
-        read = Candidates(head, retrieval[:, :ranked], scores[None, :, 0], scores[None, :, 1])
-        fused = fuse(read, priors, self.choices.fusion)[0]
-        order = np.argsort(-fused, kind="stable")
-        best = [(int(head[0, j]), float(fused[j]), float(retrieval[0, j]), float(scores[j, 0])) for j in order]
-        best += [
-            (int(listed[0, j]), float("nan"), float(retrieval[0, j]), float("nan"))
-            for j in range(ranked, listed.shape[1])
-        ]
-        shown = best[:k]
+        shown = self._rank(items, state, k)[:k]
         said = self._reasons(state, items, [item for item, *_ in shown]) if reasons else [None] * len(shown)
         rows = self.dataset.items
         return Answer(
@@ -206,6 +208,29 @@ class Recommender:
                 for (item, score, base, odds), why in zip(shown, said, strict=True)
             ),
         )
+
+    def _rank(self, items: np.ndarray, state: UserState, k: int) -> list[tuple[int, float, float, float]]:
+        """(catalogue position, fused score, retrieval score, odds) of at least `k` items, if there are as many left."""
+        depth = min(max(k, self.config.retrieval.candidates), len(self.catalogue.ids) - len(set(items.tolist())))
+        if depth == 0:
+            return []
+        listed, retrieval = self.retriever.candidates([items], depth)
+        ranked = min(self.config.retrieval.candidates, depth)
+        head = listed[:, :ranked]
+        scores = self.mllm.score([ranking_request(state, self.catalogue, head[0])])[0]
+        check_scores(scores[:, 0], scores[:, 1])
+        priors = stored_priors(self.workspace, self.mllm, self.catalogue, head[0])
+        if len(items) == 0:  # the empty user itself: exactly zero is left, not the rounding error of two readings
+            priors[head[0]] = scores
+        read = Candidates(head, retrieval[:, :ranked], scores[None, :, 0], scores[None, :, 1])
+        fused = fuse(read, priors, self.choices.fusion)[0]
+        order = np.argsort(-fused, kind="stable")
+        best = [(int(head[0, j]), float(fused[j]), float(retrieval[0, j]), float(scores[j, 0])) for j in order]
+        best += [
+            (int(listed[0, j]), float("nan"), float(retrieval[0, j]), float("nan"))
+            for j in range(ranked, listed.shape[1])
+        ]
+        return best
 
     def _reasons(self, state: UserState, history: np.ndarray, items: list[int]) -> list[Reason]:
         together, similar = [], []

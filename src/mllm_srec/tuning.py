@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mllm_srec.config import Config
-from mllm_srec.errors import ModelError
+from mllm_srec.errors import ModelError, StoreError
 from mllm_srec.mllm.base import Request
 from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.progress import Bar, say
@@ -116,14 +116,15 @@ def train(mllm: LocalMllm, records: Sequence[TrainingRecord], config: Config, fo
     """
     settings = config.training
     mllm.drop_adapter()
+    model = mllm.identity
     mark = fingerprint(
-        mllm.identity,
+        model,
         settings.model_dump_json(),
         config.seed,
         prompts.VERSION,
         *(_content(record) for record in records),
     )
-    if (folder / "manifest.json").exists() and read_manifest(folder)["fingerprint"] == mark:
+    if _made_of(folder) == mark:
         say(f"train: adapter of {len(records):,} rows reused")
         mllm.load_adapter(folder)
         return
@@ -175,9 +176,20 @@ def train(mllm: LocalMllm, records: Sequence[TrainingRecord], config: Config, fo
     peft_model.peft_config["default"].base_model_name_or_path = config.model.name
     peft_model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" would ask the hub about `name`
     (folder / "README.md").unlink(missing_ok=True)  # peft's form for a model card, empty
-    write_manifest(folder, {"fingerprint": mark, "rows": rows, "training_loss": result.training_loss})
+    write_manifest(folder, {"fingerprint": mark, "model": model, "rows": rows, "training_loss": result.training_loss})
     shutil.rmtree(checkpoints, ignore_errors=True)
     mllm.load_adapter(folder)
+
+
+def _made_of(folder: Path) -> str | None:
+    """The fingerprint of a finished adapter; None without one, or if its files are damaged: it is then made again."""
+    if not (folder / "manifest.json").exists():
+        return None
+    try:
+        return str(read_manifest(folder)["fingerprint"])
+    except StoreError as error:
+        say(f"train: {error}")
+        return None
 
 
 class _Rows(torch.utils.data.Dataset[TrainingRecord]):

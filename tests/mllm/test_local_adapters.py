@@ -142,3 +142,23 @@ def test_an_adapter_that_does_not_fit_leaves_the_model_as_it_was(trained_for: st
     assert not mllm.has_adapter
     assert list(mllm.model.state_dict()) == names
     np.testing.assert_array_equal(mllm.score(ASKED)[0], before)
+
+
+def test_without_adapter_the_model_reads_as_it_was_loaded(tmp_path: Path) -> None:
+    mllm = tiny_mllm()
+    request = Request(Prompt(("a red mug",)), ("a blue mug", "a hat"), "Yes or No?")
+    plain, identity = mllm.score([request])[0], mllm.identity
+    peft_model = mllm.attach_adapter(4, 2, seed=0)
+    for name, weight in peft_model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    peft_model.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    mllm.load_adapter(tmp_path)
+    adapted, with_adapter = mllm.score([request])[0], mllm.identity
+    assert np.abs(adapted - plain).max() > 1e-3
+    assert with_adapter != identity
+    with mllm.without_adapter():
+        np.testing.assert_allclose(mllm.score([request])[0], plain, atol=1e-6)
+        assert mllm.identity == identity
+    np.testing.assert_allclose(mllm.score([request])[0], adapted, atol=1e-6)
+    assert mllm.identity == with_adapter

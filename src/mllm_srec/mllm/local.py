@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,19 @@ class LocalMllm:
         if self._peft is not None:
             self.model = self._peft.unload()
             self._peft, self._adapter_identity = None, ""
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """Read and write as the model was loaded, `identity` included, for as long as the context lasts."""
+        if self._peft is None:
+            yield
+            return
+        attached, self._adapter_identity = self._adapter_identity, ""
+        try:
+            with self._peft.disable_adapter():
+                yield
+        finally:
+            self._adapter_identity = attached
 
     def _adapted_modules(self, top_layers: int) -> list[str]:
         decoder = self.model.get_decoder()

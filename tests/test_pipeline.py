@@ -1,0 +1,500 @@
+"""The stages in order: each reuses what holds, refuses to run too early, and lets no figure depend on the future."""
+
+import csv
+import itertools
+import json
+import math
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from mllm_srec import items, pipeline, users
+from mllm_srec.config import load_config
+from mllm_srec.data.readers import read
+from mllm_srec.errors import DataError, StoreError, UsageError
+from mllm_srec.evaluation import protocol
+from mllm_srec.mllm.local import LocalMllm
+from mllm_srec.pipeline import RERANKED, RETRIEVED, Pipeline
+from mllm_srec.ranking import PRIORS, SCORES
+from mllm_srec.recommender import Choices, Recommender
+from mllm_srec.records import TrainingRecord
+from mllm_srec.workspace import Workspace, read_manifest
+
+SYSTEMS = [
+    "popularity",
+    "co-occurrence",
+    "content",
+    "retrieval",
+    "MLLM odds alone",
+    "MLLM likelihood alone",
+    "MLLM-SRec",
+]
+
+
+class LetterEncoder:
+    """Counts of letters in place of a sentence encoder."""
+
+    identity = "letters"
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        counts = np.array([[text.lower().count(chr(97 + i)) + 0.1 for i in range(26)] for text in texts])
+        vectors: np.ndarray = (counts / np.linalg.norm(counts, axis=1, keepdims=True)).astype(np.float32)
+        return vectors
+
+
+@pytest.fixture
+def letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "TextEncoder", LetterEncoder)
+
+
+def changed(folder: Path, *overrides: str) -> Workspace:
+    workspace = Workspace.open(folder)
+    workspace.save_config(load_config(folder / "config.yaml", overrides=overrides))
+    return workspace
+
+
+def produced(workspace: Workspace) -> dict[str, pl.DataFrame]:
+    tables = (items.ITEM_TEXTS, items.EMBEDDINGS, users.WINDOWS, users.STATES, SCORES, PRIORS)
+    return {table.name: workspace.rows(table) for table in tables}
+
+
+def watch_places(monkeypatch: pytest.MonkeyPatch) -> dict[str, protocol.Places]:
+    """Fills with the places of every system when `evaluate` compares them."""
+    seen: dict[str, protocol.Places] = {}
+    compare = protocol.compare
+
+    def watch(systems: dict[str, protocol.Places], *rest: Any) -> Any:
+        seen.update(systems)
+        return compare(systems, *rest)
+
+    monkeypatch.setattr(protocol, "compare", watch)
+    return seen
+
+
+def table_data(folder: Path, events: dict[str, list[tuple[str, int]]], count: int = 16) -> Path:
+    """A shop without pictures: items i0, i1 ..., events (item, time in seconds) per user."""
+    folder.mkdir()
+    kinds = ("red hat", "blue shoe", "green bag")
+    rows = "".join(f"i{n},{kinds[n % 3]} number {n},{kinds[n % 3].split()[1]}s\n" for n in range(count))
+    (folder / "items.csv").write_text("item_id,title,category\n" + rows)
+    log = "".join(f"{user},{item},{1_700_000_000 + at}\n" for user, of in events.items() for item, at in of)
+    (folder / "interactions.csv").write_text("user_id,item_id,timestamp\n" + log)
+    return folder
+
+
+def make(tmp_path: Path, data: Path, settings: tuple[str, ...], *overrides: str) -> Workspace:
+    config = load_config(overrides=(*settings, "retrieval.candidates=5", *overrides))
+    return Workspace.create(tmp_path / "made", config, read(data).with_repeats(config.data.repeats))
+
+
+def walk(users_count: int = 6, length: int = 5) -> dict[str, list[tuple[str, int]]]:
+    """User n goes from item n upwards; all users' events interleave in time."""
+    return {
+        f"u{n}": [(f"i{(n + step) % 16}", 1000 * step + 10 * n) for step in range(length)] for n in range(users_count)
+    }
+
+
+# Running twice
+
+
+def test_a_second_run_asks_the_model_nothing_and_finds_the_same(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the model was asked")
+
+    for method in ("generate", "score", "loglik", "embed", "read_row"):
+        monkeypatch.setattr(LocalMllm, method, refuse)
+    monkeypatch.setattr("mllm_srec.mllm.text_encoder.TextEncoder.encode", refuse)
+    before = (copied / "runs/main/metrics.json").read_bytes()
+    adapter = (copied / "runs/main/adapter/adapter_model.safetensors").read_bytes()
+    again = Pipeline(Workspace.open(copied))
+    assert again.run() == json.loads(before)
+    assert again.run() == json.loads(before)  # with the adapter still on the model
+    assert (copied / "runs/main/metrics.json").read_bytes() == before
+    assert (copied / "runs/main/adapter/adapter_model.safetensors").read_bytes() == adapter
+
+
+def test_two_runs_from_nothing_find_the_same(finished: Path, ingested: Path, tmp_path: Path) -> None:
+    shutil.copytree(ingested, tmp_path / "ws")
+    other = Pipeline(Workspace.open(tmp_path / "ws"))
+    other.run()
+    one, two = produced(Workspace.open(finished)), produced(other.workspace)
+    for name in one:
+        assert one[name].equals(two[name]), name
+    for file in ("metrics.json", "choices.json", "adapter/adapter_model.safetensors"):
+        assert (finished / "runs/main" / file).read_bytes() == (tmp_path / "ws/runs/main" / file).read_bytes(), file
+
+
+def test_a_changed_key_of_users_remakes_states_and_no_items(copied: Path) -> None:
+    before = produced(Workspace.open(copied))
+    workspace = changed(copied, "users.recent=1")
+    made = Pipeline(workspace)
+    made.describe()
+    made.comprehend()
+    after = produced(workspace)
+    for name in ("item_texts", "item_embeddings", "scores", "item_priors"):
+        assert after[name].equals(before[name]), name
+    old, new = before["user_states"], after["user_states"]
+    assert old["key"].equals(new["key"])
+    assert not set(old["fingerprint"]) & set(new["fingerprint"])
+    assert new["recent"].list.len().max() == 1 < old["recent"].list.len().max()
+    assert old.drop("fingerprint", "recent").equals(new.drop("fingerprint", "recent"))
+
+
+def test_a_changed_key_of_items_remakes_their_texts(copied: Path) -> None:
+    before = Workspace.open(copied).rows(items.ITEM_TEXTS)
+    workspace = changed(copied, "items.questions=[]")
+    Pipeline(workspace).describe()
+    after = workspace.rows(items.ITEM_TEXTS)
+    assert not set(before["fingerprint"]) & set(after["fingerprint"])
+    assert set(after["visual"]) == {""} != set(before["visual"])
+
+
+# Out of order
+
+
+@pytest.mark.parametrize(
+    ("done", "stage", "message"),
+    [
+        ([], "retrieve", "120 of 120 items have no description .*: run `mllm-srec describe`"),
+        ([], "train", "items have no description .*: run `mllm-srec describe`"),
+        ([], "comprehend", "choices.json is missing: run `mllm-srec retrieve WS` first"),
+        ([], "evaluate", "choices.json is missing: run `mllm-srec retrieve WS` first"),
+        (["describe"], "comprehend", "choices.json is missing: run `mllm-srec retrieve WS` first"),
+        (["describe"], "train", r"(no state after \d+ events: run `mllm-srec comprehend`|choices.json is missing)"),
+        (["describe", "retrieve"], "train", r"user 'u\d+' has no state after \d+ events: run `mllm-srec comprehend`"),
+        (["describe", "retrieve"], "evaluate", r"has no state after \d+ events: run `mllm-srec comprehend`"),
+    ],
+)
+def test_a_stage_that_comes_too_early_names_the_one_before(
+    ingested: Path, finished: Path, tmp_path: Path, done: list[str], stage: str, message: str
+) -> None:
+    shutil.copytree(ingested, tmp_path / "ws")
+    for name, of_stage in (("item_texts.lance", "describe"), ("item_embeddings.lance", "retrieve")):
+        if of_stage in done:  # as the stage left it in a finished workspace
+            shutil.copytree(finished / "store" / name, tmp_path / "ws/store" / name)
+    if "retrieve" in done:
+        (tmp_path / "ws/runs/main").mkdir(parents=True)
+        shutil.copy(finished / "runs/main/choices.json", tmp_path / "ws/runs/main")
+    early = Pipeline(Workspace.open(tmp_path / "ws"))
+    with pytest.raises(StoreError, match=message):
+        getattr(early, stage)()
+    assert not (tmp_path / "ws/runs/main/metrics.json").exists()
+
+
+def test_choosing_retrieval_again_keeps_the_fusion(copied: Path) -> None:
+    before = Choices.read(copied / "runs/main")
+    workspace = changed(copied, "retrieval.content_weights=[3]")
+    assert Pipeline(workspace).retrieve() == 3
+    after = Choices.read(copied / "runs/main")
+    assert after == Choices(3, before.fusion)
+
+
+# Figures
+
+
+def test_metrics_stand_beside_their_conditions(finished: Path, settings: tuple[str, ...]) -> None:
+    result = json.loads((finished / "runs/main/metrics.json").read_text(), parse_constant=pytest.fail)
+    assert {
+        "data": "shop",
+        "users": 24,
+        "items": 120,
+        "targets": 24,
+        "protocol": "leave_last_out",
+        "tie_rule": "file_order",
+        "repeats": "first",
+        "repeats_dropped": 0,
+        "min_history": 3,
+        "users_too_short": 0,
+        "reranked": 8,
+        "model": settings[0].removeprefix("model.name="),
+        "seed": 0,
+    }.items() <= result["conditions"].items()
+    assert list(result["systems"]) == SYSTEMS
+    assert (result["reference"], result["training_rows"], result["choosing_targets"]) == (RETRIEVED, 6, 12)
+    assert result["choices"] == json.loads((finished / "runs/main/choices.json").read_text())
+    for system, row in result["systems"].items():
+        for metric, values in row.items():
+            assert 0 <= values["low"] <= values["mean"] <= values["high"] <= 1, (system, metric)
+            assert ("gain" in values) == (system != RETRIEVED)
+    assert read_manifest(finished / "runs/main")["model"].endswith(
+        read_manifest(finished / "runs/main/adapter")["files"]["adapter_model.safetensors"]["sha256"][:16]
+    )
+
+
+def by_hand(data: Path, embeddings: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """Recall@k, NDCG@k and MRR of popularity, co-occurrence and content, from the files alone, in plain loops."""
+    with (data / "items.csv").open() as file:
+        catalogue = [row["item_id"] for row in csv.DictReader(file)]
+    histories: dict[str, list[tuple[int, str]]] = {}
+    with (data / "interactions.csv").open() as file:
+        for row in csv.DictReader(file):
+            histories.setdefault(row["user_id"], []).append((int(row["timestamp"]), row["item_id"]))
+    ordered = {user: [item for _, item in sorted(of, key=lambda pair: pair[0])] for user, of in histories.items()}
+    visible = {user: of[:-1] for user, of in ordered.items()}
+    popularity = Counter(itertools.chain(*visible.values()))
+    together: Counter[tuple[str, str]] = Counter()
+    for of in visible.values():
+        for (a, one), (b, other) in itertools.combinations(enumerate(of[-50:]), 2):
+            if b - a <= 10 and one != other:
+                together[one, other] += 1
+                together[other, one] += 1
+
+    def company(history: list[str], item: str) -> float:
+        strength = [
+            together[past, item] / math.sqrt(popularity[past] * popularity[item])
+            for past in history[-5:]
+            if together[past, item]
+        ]
+        return sum(strength) + 1e-6 * popularity[item]
+
+    def content(history: list[str], item: str) -> float:
+        last = history[-5:]
+        weights = [0.2, 0.4, 0.6, 0.8, 1.0][-len(last) :]
+        return sum(
+            weight * float(embeddings[past].astype(np.float64) @ embeddings[item].astype(np.float64)) ** 3
+            for weight, past in zip(weights, last, strict=True)
+        )
+
+    scorers: dict[str, Callable[[list[str], str], float]] = {
+        "popularity": lambda history, item: popularity[item],
+        "co-occurrence": company,
+        "content": content,
+    }
+    table: dict[str, dict[str, float]] = {}
+    for name, scorer in scorers.items():
+        values: dict[str, list[float]] = {}
+        for user, history in visible.items():
+            wanted = scorer(history, ordered[user][-1])
+            rivals = [scorer(history, i) for i in catalogue if i not in history and i != ordered[user][-1]]
+            above = sum(rival > wanted + 5e-7 for rival in rivals)
+            level = sum(abs(rival - wanted) <= 5e-7 for rival in rivals)
+            ranks = range(above + 1, above + level + 2)  # each as likely as the others
+            for k in (5, 10, 20):
+                values.setdefault(f"Recall@{k}", []).append(np.mean([r <= k for r in ranks]))
+                values.setdefault(f"NDCG@{k}", []).append(np.mean([(r <= k) / math.log2(r + 1) for r in ranks]))
+            values.setdefault("MRR", []).append(np.mean([1 / r for r in ranks]))
+        table[name] = {metric: float(np.mean(of)) for metric, of in values.items()}
+    return table
+
+
+def test_the_plain_systems_equal_a_computation_from_the_files(finished: Path, shop_data: Path) -> None:
+    rows = Workspace.open(finished).rows(items.EMBEDDINGS)
+    vectors = {key: np.array(vector) for key, vector in rows.select("key", "vector").iter_rows()}
+    measured = json.loads((finished / "runs/main/metrics.json").read_text())["systems"]
+    for system, row in by_hand(shop_data, vectors).items():
+        assert {metric: measured[system][metric]["mean"] for metric in row} == pytest.approx(row, abs=1e-9), system
+
+
+def test_reranking_moves_only_targets_inside_their_list(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = watch_places(monkeypatch)
+    evaluated = Pipeline(Workspace.open(copied))
+    k, targets = 8, evaluated.chosen.test
+    evaluated.evaluate()
+    held = evaluated._lists(targets, evaluated._retriever(evaluated.split.seen_test)).held
+    assert 0 < held.sum() < len(targets)
+    retrieved = places[RETRIEVED]
+    for name in ("MLLM odds alone", "MLLM likelihood alone", RERANKED):
+        reranked = places[name]
+        assert (reranked.greater[held] + reranked.ties[held] <= k).all()
+        assert (reranked.greater[~held] >= k).all()
+        same = ~held & (retrieved.greater >= k)
+        assert same.any()
+        assert (reranked.greater[same] == retrieved.greater[same]).all()
+        assert (reranked.ties[same] == retrieved.ties[same]).all()
+    assert (places["MLLM odds alone"].greater != retrieved.greater)[held].any()
+
+
+def test_fewer_test_targets_are_a_seeded_part_of_them(copied: Path) -> None:
+    everyone = Pipeline(Workspace.open(copied)).chosen.test
+    some = Pipeline(changed(copied, "evaluation.users=7", "evaluation.choosing_users=3"))
+    again = Pipeline(Workspace.open(copied))
+    other = Pipeline(changed(copied, "seed=1"))
+    assert len(everyone) == 24
+    assert (len(some.chosen.test), len(some.chosen.choosing)) == (7, 3)
+    assert some.chosen.test.user.tolist() == again.chosen.test.user.tolist() != other.chosen.test.user.tolist()
+    assert set(some.chosen.test.user) < set(everyone.user)
+    some.comprehend()
+    result = some.evaluate()
+    assert (result["conditions"]["targets"], result["choosing_targets"]) == (7, 3)
+
+
+def test_half_of_the_users_chooses_and_the_other_half_is_left(finished: Path) -> None:
+    chosen = Pipeline(Workspace.open(finished)).chosen
+    assert len(chosen.choosing) == 12
+    assert (chosen.choosing.position == chosen.choosing.end).all()
+    assert len(chosen.training) == 6
+
+
+# The future
+
+
+def test_nothing_of_validation_or_test_is_in_a_training_record(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+    made: list[TrainingRecord] = []
+    make_record = pipeline.training_record
+
+    def watch(*arguments: Any) -> TrainingRecord:
+        calls.append(arguments)
+        return make_record(*arguments)
+
+    monkeypatch.setattr(pipeline, "training_record", watch)
+    monkeypatch.setattr(pipeline.tuning, "train", lambda mllm, records, config, folder: made.extend(records))
+    trained = Pipeline(changed(copied, "training.rows=1000"))
+    trained.comprehend()
+    trained.train()
+    histories = trained.histories
+    number = {user: at for at, user in enumerate(histories.users)}
+    assert len(made) == len(calls) > 24
+    for state, catalogue, position, positive, negatives, history in calls:
+        user = number[state.user_id]
+        validation = histories.length(user) - 2
+        own = histories.of(user)
+        assert state.end <= position < validation
+        assert history.tolist() == own[: state.end].tolist()
+        assert state.recent == tuple(own[max(0, state.end - 5) : state.end])
+        assert state.as_of == histories.time[histories.span(user)][state.end - 1]
+        assert positive == own[position]
+        assert not set(negatives) & {positive, *history.tolist()}
+        assert len(set(negatives)) == 3
+        assert catalogue.ids == histories.items
+
+
+def test_negatives_and_lists_come_from_what_their_targets_may_know(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks: dict[str, list[np.ndarray]] = {}
+    fit = pipeline.retrieval.Retriever.fit
+    stage = ""
+
+    def watch(histories: Any, seen: np.ndarray, *rest: Any) -> Any:
+        masks.setdefault(stage, []).append(seen)
+        return fit(histories, seen, *rest)
+
+    monkeypatch.setattr(pipeline.retrieval.Retriever, "fit", watch)
+    monkeypatch.setattr(pipeline.tuning, "train", lambda *_: None)
+    run = Pipeline(Workspace.open(copied))
+    for stage in ("retrieve", "comprehend", "train", "evaluate"):  # read by `watch`
+        getattr(run, stage)()
+    training = run.split.training
+    first = {user: int(training.position[training.user == user].min()) for user in training.user.tolist()}
+    for user, (start, stop) in enumerate(itertools.pairwise(run.histories.offsets)):
+        (choosing,), (trained,) = masks["retrieve"], masks["train"]
+        assert not choosing[stop - 2 : stop].any()
+        assert not trained[start + first[user] : stop].any()
+        assert trained[start : start + first[user]].all()
+        for stage in ("comprehend", "evaluate"):
+            assert not any(mask[stop - 1] for mask in masks[stage])
+            assert sum(not mask[stop - 2] for mask in masks[stage]) == 1  # validation's lists
+
+
+# Other settings
+
+
+def test_without_training_rows_the_model_ranks_as_it_was_loaded(copied: Path) -> None:
+    before = json.loads((copied / "runs/main/metrics.json").read_text())
+    workspace = changed(copied, "training.rows=0")
+    untrained = Pipeline(workspace)
+    result = untrained.run()
+    assert not untrained.mllm.has_adapter  # though the folder still holds one
+    assert (before["training_rows"], result["training_rows"]) == (6, 0)
+    assert result["systems"]["retrieval"] == before["systems"]["retrieval"]
+    assert read_manifest(copied / "runs/main")["model"] == untrained.mllm.identity
+    assert not Recommender(workspace).mllm.has_adapter
+
+
+def test_a_global_time_split_tests_on_the_newest_events(
+    tmp_path: Path, settings: tuple[str, ...], letters: None
+) -> None:
+    data = table_data(tmp_path / "data", walk(8, 10))
+    run = Pipeline(make(tmp_path, data, settings, "data.protocol=global_time", "training.rows=4"))
+    result = run.run()
+    assert result["conditions"]["protocol"] == "global_time"
+    assert result["training_rows"] == 4
+    # 80 events at 80 times; the newest 8 are one per user: event 9 of each.
+    assert result["conditions"]["targets"] == 8
+    assert run.chosen.test.position.tolist() == [9] * 8
+    time = run.histories.time
+    assert time is not None
+    first = time[run.histories.offsets[run.chosen.test.user] + 9].min()
+    assert not run.split.seen_test[time >= first].any()
+    assert run.split.seen_test[time < first].all()
+
+
+def test_a_strict_history_holds_nothing_tied_with_its_target(
+    tmp_path: Path, settings: tuple[str, ...], letters: None
+) -> None:
+    events = walk(6, 6)
+    events["u0"][-2:] = [("i9", 7000), ("i10", 7000)]  # validation and test at the same time
+    data = table_data(tmp_path / "data", events)
+    run = Pipeline(make(tmp_path, data, settings, "data.tie_rule=strict", "training.rows=0"))
+    result = run.run()
+    assert result["conditions"]["tie_rule"] == "strict"
+    assert run.chosen.test.position.tolist() == [5] * 6
+    assert run.chosen.test.end.tolist() == [4, 5, 5, 5, 5, 5]
+    states = users.load_states(run.workspace, run.catalogue)
+    assert ("u0", 5) not in states
+
+    run.workspace.save_config(load_config(run.workspace.root / "config.yaml", overrides=("data.tie_rule=file_order",)))
+    assert Pipeline(run.workspace).chosen.test.end.tolist() == [5] * 6
+
+
+def test_rules_that_need_times_refuse_a_log_without(tmp_path: Path, settings: tuple[str, ...], letters: None) -> None:
+    data = table_data(tmp_path / "data", walk())
+    log = (data / "interactions.csv").read_text().splitlines()
+    (data / "interactions.csv").write_text("\n".join(line.rsplit(",", 1)[0] for line in log))
+    workspace = make(tmp_path, data, settings, "training.rows=3")
+    for override in ("data.tie_rule=strict", "data.protocol=global_time"):
+        with pytest.raises(UsageError, match=r"the log has no times, so .*: use data\."):
+            Pipeline(changed_in_memory(workspace, override))
+    assert Pipeline(workspace).run()["conditions"]["targets"] == 6
+
+
+def changed_in_memory(workspace: Workspace, override: str) -> Workspace:
+    other = Workspace.open(workspace.root)
+    other.config = load_config(workspace.root / "config.yaml", overrides=(override,))
+    return other
+
+
+def test_a_log_without_long_enough_users_is_refused(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    workspace = make(tmp_path, table_data(tmp_path / "data", walk(6, 2)), settings)
+    with pytest.raises(DataError, match=r"no user has the 3 events that a test target needs: .*lower data.min_history"):
+        Pipeline(workspace)
+
+
+def test_short_users_give_no_target_but_count(tmp_path: Path, settings: tuple[str, ...], letters: None) -> None:
+    events = walk(6, 5) | {"short": [("i1", 50), ("i2", 60)]}
+    run = Pipeline(make(tmp_path, table_data(tmp_path / "data", events), settings, "training.rows=0"))
+    result = run.run()
+    assert (result["conditions"]["targets"], result["conditions"]["users_too_short"]) == (6, 1)
+    assert run.split.seen_test[run.histories.span(run.histories.users.index("short"))].all()
+
+
+def test_pictures_that_cannot_be_used_are_no_hindrance(
+    tmp_path: Path, settings: tuple[str, ...], letters: None
+) -> None:
+    data = table_data(tmp_path / "data", walk())
+    (data / "images").mkdir()
+    (data / "images/i0.png").write_bytes(b"not a picture")
+    (data / "images/i1.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 40)
+    (data / "images/i2.jpg").symlink_to("/etc/hostname")
+    workspace = make(tmp_path, data, settings, "training.rows=0")
+    run = Pipeline(workspace)
+    run.run()
+    texts = {row["key"]: row for row in workspace.rows(items.ITEM_TEXTS).iter_rows(named=True)}
+    assert [texts[f"i{n}"]["picture"] for n in range(4)] == ["not_a_picture", "truncated", "outside", "none"]
+    assert {row["status"] for row in texts.values()} == {"ok"}
+    assert {row["visual"] for row in texts.values()} == {""}
+
+
+def test_every_produced_row_is_fine(finished: Path) -> None:
+    workspace = Workspace.open(finished)
+    for name, frame in produced(workspace).items():
+        assert frame.height > 0, name
+        assert set(frame["status"]) == {"ok"}, name
+    assert workspace.rows(items.ITEM_TEXTS)["key"].to_list() == sorted(workspace.dataset().items["item_id"])
