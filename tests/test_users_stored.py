@@ -162,21 +162,30 @@ def test_what_is_made_already_is_reused(tmp_path: Path) -> None:
         assert made.equals(reference)
 
 
-@pytest.mark.parametrize("change", ["model", "settings", "version"])
+@pytest.mark.parametrize("change", ["model", "version"])
 def test_whatever_made_a_row_makes_it_again_when_it_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     workspace = shop(tmp_path, {"u": events("abcdg")})
     comprehend(workspace, FakeMllm(), CATALOGUE, [(0, 5)])
     before = tables(workspace)
-    if change == "settings":
-        workspace.save_config(Config(users=config(recent=1)))
     if change == "version":
         monkeypatch.setattr(prompts, "VERSION", "users-next")
     comprehend(workspace, FakeMllm("fake-2" if change == "model" else "fake-1"), CATALOGUE, [(0, 5)])
     for reference, made in zip(before, tables(workspace), strict=True):
         assert made["key"].equals(reference["key"])
         assert not (made["fingerprint"] == reference["fingerprint"]).any()
+
+
+def test_what_only_the_prompt_shows_is_changed_without_the_model(tmp_path: Path) -> None:
+    workspace = shop(tmp_path, {"u": events("abcdg")})
+    comprehend(workspace, FakeMllm(), CATALOGUE, [(0, 5)])
+    before = workspace.rows(STATES)
+    workspace.save_config(Config(users=config(recent=1)))
+    again = FakeMllm()
+    comprehend(workspace, again, CATALOGUE, [(0, 5)])
+    assert again.calls() == 0
+    assert before["recent"].to_list() != workspace.rows(STATES)["recent"].to_list() == [["g"]]
 
 
 def test_a_window_is_read_again_when_the_texts_of_its_items_change(tmp_path: Path) -> None:

@@ -235,14 +235,17 @@ def print_metrics(result: dict[str, Any]) -> None:
     table = Table(
         title=f"{about['data']}: {about['targets']} targets of {about['users']} users, {about['items']} items"
     )
-    metrics = [name for name in next(iter(result["systems"].values())) if name.endswith("@10") or name == "MRR"]
+    known = next(iter(result["systems"].values()))
+    cutoffs = [int(name.removeprefix("NDCG@")) for name in known if name.startswith("NDCG@")]
+    k = 10 if 10 in cutoffs else max(cutoffs)
+    metrics = [f"Recall@{k}", f"NDCG@{k}", "MRR"]
     table.add_column("system")
     for name in metrics:
         table.add_column(f"{name} [95 %]", justify="right")
-    table.add_column(f"NDCG@10 over {result['reference']}", justify="right")
+    table.add_column(f"NDCG@{k} over {result['reference']}", justify="right")
     for system, values in result["systems"].items():
         cells = [f"{values[m]['mean']:.4f} [{values[m]['low']:.4f}, {values[m]['high']:.4f}]" for m in metrics]
-        gain = values.get("NDCG@10", {})
+        gain = values[f"NDCG@{k}"]
         against = f"{gain['gain']:+.4f} (p = {gain['p']:.3f})" if "gain" in gain else ""
         table.add_row(system, *cells, against)
     console.print(table)

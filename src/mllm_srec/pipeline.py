@@ -117,6 +117,7 @@ class Pipeline:
         retriever = self._retriever(self.split.seen_training)
         seen, wanted = protocol.histories_of(self.histories, targets), protocol.target_items(self.histories, targets)
         negatives = retriever.negatives(seen, wanted, self.config.training.negatives, self.config.seed)
+        low = users.low_rating(self.histories)
         records = [
             training_record(
                 users.state_of(states, self.histories.users[user], int(end)),
@@ -124,7 +125,7 @@ class Pipeline:
                 int(position),
                 int(positive),
                 [int(i) for i in row],
-                history,
+                history[~users.disliked_events(self.histories, user, low)[: len(history)]],
             )
             for user, position, end, positive, row, history in zip(
                 targets.user, targets.position, targets.end, wanted, negatives, seen, strict=True

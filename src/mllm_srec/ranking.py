@@ -74,10 +74,11 @@ class Reason:
 
 
 def standardise(scores: np.ndarray) -> np.ndarray:
-    """(B, K) scores with mean 0 and deviation 1 within each row; a constant row becomes 0."""
+    """(B, K) scores with mean 0 and deviation 1 within each row; a row that is constant but for rounding becomes 0."""
     centred = scores - scores.mean(1, keepdims=True)
     deviation = centred.std(1, keepdims=True)
-    standardised: np.ndarray = np.divide(centred, deviation, out=np.zeros_like(centred), where=deviation > 1e-12)
+    rounding = np.finfo(np.float32).eps * np.abs(scores).max(1, keepdims=True, initial=0.0)  # readings are float32
+    standardised: np.ndarray = np.divide(centred, deviation, out=np.zeros_like(centred), where=deviation > rounding)
     return standardised
 
 

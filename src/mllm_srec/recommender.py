@@ -151,12 +151,13 @@ class Recommender:
         if k < 1:
             raise UsageError(f"k must be at least 1, not {k}")
         if user is not None:
-            items, state = self._known(user)
+            items, liked, state = self._known(user)
         else:
             items, state = self._outside(history or [])
-        return self._answer(user, items, state, k, explain)
+            liked = items
+        return self._answer(user, items, liked, state, k, explain)
 
-    def _known(self, user: str) -> tuple[np.ndarray, UserState]:
+    def _known(self, user: str) -> tuple[np.ndarray, np.ndarray, UserState]:
         if user not in self._users:
             near = get_close_matches(user, self._users, n=3)
             raise UsageError(
@@ -169,7 +170,8 @@ class Recommender:
         time = None if self.histories.time is None else self.histories.time[self.histories.span(index)]
         low = disliked_events(self.histories, index, self._low)
         with self.mllm.without_adapter():  # as `comprehend` does it: the adapter has learnt to rank, not to summarise
-            return items, comprehend_history(self.mllm, self.catalogue, items, self.config.users, user, time, low)
+            state = comprehend_history(self.mllm, self.catalogue, items, self.config.users, user, time, low)
+        return items, items[~low], state
 
     def _outside(self, history: Sequence[str]) -> tuple[np.ndarray, UserState]:
         unknown = [item_id for item_id in history if item_id not in self._place]
@@ -184,9 +186,11 @@ class Recommender:
         with self.mllm.without_adapter():
             return items, comprehend_history(self.mllm, self.catalogue, items, self.config.users)
 
-    def _answer(self, user: str | None, items: np.ndarray, state: UserState, k: int, reasons: bool) -> Answer:
+    def _answer(
+        self, user: str | None, items: np.ndarray, liked: np.ndarray, state: UserState, k: int, reasons: bool
+    ) -> Answer:
         shown = self._rank(items, state, k)[:k]
-        said = self._reasons(state, items, [item for item, *_ in shown]) if reasons else [None] * len(shown)
+        said = self._reasons(state, liked, [item for item, *_ in shown]) if reasons else [None] * len(shown)
         rows = self.dataset.items
         return Answer(
             user=user,
@@ -218,7 +222,8 @@ class Recommender:
         ranked = min(self.config.retrieval.candidates, depth)
         head = listed[:, :ranked]
         scores = self.mllm.score([ranking_request(state, self.catalogue, head[0])])[0]
-        check_scores(scores[:, 0], scores[:, 1])
+        if len({self.catalogue.candidates[i] for i in head[0]}) > 1:  # else equal scores are what they should be
+            check_scores(scores[:, 0], scores[:, 1])
         priors = stored_priors(self.workspace, self.mllm, self.catalogue, head[0])
         if len(items) == 0:  # the empty user itself: exactly zero is left, not the rounding error of two readings
             priors[head[0]] = scores
@@ -232,10 +237,10 @@ class Recommender:
         ]
         return best
 
-    def _reasons(self, state: UserState, history: np.ndarray, items: list[int]) -> list[Reason]:
+    def _reasons(self, state: UserState, liked: np.ndarray, items: list[int]) -> list[Reason]:
         together, similar = [], []
         for item in items:
-            company, kin = self.retriever.nearest_events(history, item)
+            company, kin = self.retriever.nearest_events(liked, item)
             together.append(company)
             similar.append(kin)
-        return explain(self.mllm, self.catalogue, state, history, items, together, similar)
+        return explain(self.mllm, self.catalogue, state, liked, items, together, similar)

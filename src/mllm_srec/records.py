@@ -50,7 +50,10 @@ def empty_user() -> UserState:
 
 
 def find_evidence(state: UserState, catalogue: Catalogue, item: int, history: np.ndarray) -> Evidence:
-    """Facts of `item` among the user's tastes, and the newest history items that share most of them."""
+    """Facts of `item` among the user's tastes, and the newest history items that share most of them.
+
+    `history` holds the items that the user did not dislike: nobody wants more of what they rated low.
+    """
     facts = set(catalogue.facts[item])
     meets = [phrase for phrase in state.phrases if phrase in facts][:FACTS_SHOWN]
     shared = [(len(set(catalogue.facts[i]).intersection(meets)), at, int(i)) for at, i in enumerate(history)]

@@ -136,7 +136,9 @@ class Retriever:
             for at, (row, history) in enumerate(zip(scores, block, strict=True), start=start):
                 left = len(row) - len(np.unique(history))
                 if left < k:
-                    raise DataError(f"only {left} items are left to recommend, {k} are asked for: lower the number")
+                    raise DataError(
+                        f"only {left} items are left to recommend, {k} are asked for: lower retrieval.candidates"
+                    )
                 row[history] = -np.inf
                 best = np.argsort(-row, kind="stable")[:k]
                 items[at], values[at] = best, row[best]

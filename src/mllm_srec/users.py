@@ -272,7 +272,6 @@ def state_key(user_id: str, end: int) -> str:
 def comprehend(workspace: Workspace, mllm: Mllm, catalogue: Catalogue, wanted: Iterable[tuple[int, int]]) -> None:
     """Make or renew windows and states for `wanted` pairs (user index, number of events visible)."""
     config = workspace.config.users
-    settings = config.model_dump_json()
     histories = workspace.dataset().histories()
     low = low_rating(histories)
     pairs = sorted(set(wanted))
@@ -288,10 +287,11 @@ def comprehend(workspace: Workspace, mllm: Mllm, catalogue: Catalogue, wanted: I
     phrases = (
         sorted({p for _, window in windows.values() for p, _ in window.phrases}) if config.summary == "score" else []
     )
-    made_with = (prompts.VERSION, mllm.identity, settings)
+    read_by = (prompts.VERSION, mllm.identity)
+    written_as = (config.summary, config.summary_tokens)
     workspace.produce(
         PHRASES,
-        [Job(phrase, fingerprint(phrase, *made_with), phrase) for phrase in phrases],
+        [Job(phrase, fingerprint(phrase, *read_by), phrase) for phrase in phrases],
         lambda batch: [
             {"status": "ok", "reason": "", "loglik": value}
             for value in phrase_likelihoods(mllm, [job.payload for job in batch])
@@ -303,7 +303,7 @@ def comprehend(workspace: Workspace, mllm: Mllm, catalogue: Catalogue, wanted: I
     jobs = [
         Job(
             key,
-            fingerprint(*window.lines, *(x for pair in window.phrases for x in pair), *made_with),
+            fingerprint(*window.lines, *(x for pair in window.phrases for x in pair), *read_by, *written_as),
             (user_id, window),
         )
         for key, (user_id, window) in windows.items()
@@ -335,7 +335,9 @@ def comprehend(workspace: Workspace, mllm: Mllm, catalogue: Catalogue, wanted: I
         seen = slice(histories.span(user).start, histories.span(user).start + end)
         events = [histories.item[seen], disliked_events(histories, user, low)[:end]]
         events += [] if histories.time is None else [histories.time[seen]]
-        mark = fingerprint(*marks, *(int(value) for column in events for value in column), *made_with)
+        mark = fingerprint(
+            *marks, *(int(value) for column in events for value in column), prompts.VERSION, config.model_dump_json()
+        )
         state_jobs.append(Job(state_key(histories.users[user], end), mark, (user, end, used)))
 
     def compose(batch: list[Job]) -> list[dict[str, object]]:

@@ -82,7 +82,7 @@ def test_wrong_use_is_refused() -> None:
     untimed = histories({"a": [1, 2, 3]}, has_time=False)
     with pytest.raises(UsageError, match="no times, so it cannot be cut"):
         global_time(untimed, "file_order", 3)
-    with pytest.raises(UsageError, match="use data.tie_rule=file_order"):
+    with pytest.raises(UsageError, match=r"use data\.tie_rule=file_order"):
         leave_last_out(untimed, "strict", 3)
     with pytest.raises(UsageError, match="'loose': choose file_order or strict"):
         leave_last_out(untimed, "loose", 3)
