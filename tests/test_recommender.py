@@ -273,7 +273,7 @@ def test_a_run_without_adapter_is_served_by_the_model_alone(copied: Path) -> Non
     assert len(made.recommend(user="u001", k=4, explain=True).items) == 4
 
 
-def test_a_flipped_byte_of_the_adapter_is_refused(copied: Path) -> None:
+def test_a_flipped_byte_of_the_adapter_is_refused_and_mended_by_run(copied: Path) -> None:
     manifest = read_manifest(copied / "runs/main")
     assert {"metrics.json", "choices.json", "adapter/adapter_model.safetensors"} <= manifest["files"].keys()
     Recommender(Workspace.open(copied))
@@ -281,11 +281,13 @@ def test_a_flipped_byte_of_the_adapter_is_refused(copied: Path) -> None:
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
     file.write_bytes(data)
-    damaged = r"adapter_model.safetensors is damaged or was changed .*: run `mllm-srec run"
-    with pytest.raises(StoreError, match=damaged):
+    with pytest.raises(StoreError, match=r"adapter_model.safetensors is damaged or was changed .*: run `mllm-srec run"):
         Recommender(Workspace.open(copied))
-    with pytest.raises(StoreError, match=damaged):
+    with pytest.raises(StoreError, match=r"adapter is missing or was trained on other"):
         Pipeline(Workspace.open(copied)).evaluate()
+    figures = json.loads((copied / "runs/main/metrics.json").read_text())
+    assert Pipeline(Workspace.open(copied)).run() == figures
+    assert read_manifest(copied / "runs/main")["files"] == manifest["files"]
 
 
 def test_changed_figures_or_choices_of_a_run_are_refused(copied: Path) -> None:

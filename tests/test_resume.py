@@ -10,8 +10,11 @@ import time
 from pathlib import Path
 
 import polars as pl
+import pytest
 
 from mllm_srec import items, ranking, users
+from mllm_srec.config import load_config
+from mllm_srec.errors import StoreError
 from mllm_srec.pipeline import Pipeline
 from mllm_srec.workspace import Workspace
 
@@ -162,3 +165,13 @@ def test_an_adapter_killed_before_its_manifest_is_finished_again(finished: Path,
     assert not (run / "adapter/manifest.json").exists()
     run_again(copied)
     assert_equal(copied, finished)
+
+
+def test_an_adapter_of_other_rows_or_settings_is_not_evaluated(copied: Path) -> None:
+    pipeline = Pipeline(Workspace.open(copied))
+    pipeline.workspace.save_config(load_config(copied / "config.yaml", overrides=("training.learning_rate=0.01",)))
+    with pytest.raises(StoreError, match=r"adapter is missing or was trained on other rows.*run `mllm-srec train WS`"):
+        Pipeline(Workspace.open(copied)).evaluate()
+    shutil.rmtree(copied / "runs/main/adapter")
+    with pytest.raises(StoreError, match="adapter is missing"):
+        Pipeline(Workspace.open(copied)).evaluate()

