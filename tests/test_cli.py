@@ -429,7 +429,7 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
     windows = Workspace.open(copied).rows(WINDOWS)
     with monkeypatch.context() as patch:
         patch.setattr(LanceTable, "merge_insert", full)
-        ended = command("run", copied, "--set", "users.window=5", "--set", "users.step=5")
+        ended = command("run", copied, "--set", "users.summary_tokens=8")
     assert ended.code == 1
     assert f"error: disk full while writing {copied}/store/" in ended.err
     assert ": free space, then run the same command again; finished rows are kept\n" in ended.err

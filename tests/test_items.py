@@ -16,6 +16,7 @@ from mllm_srec.errors import ModelError, StoreError
 from mllm_srec.items import (
     ITEM_TEXTS,
     MIN_EVIDENCE,
+    MIN_LOGLIK,
     Catalogue,
     category_facts,
     clean_answer,
@@ -60,8 +61,8 @@ def look(prompt: Prompt) -> str:
 
 
 def sees(before: str, continuation: str) -> float:
-    """Pictures make every answer likelier by one nat."""
-    return -2.0 if "<" in before else -3.0
+    """Pictures make every answer likelier by three nats."""
+    return -1.0 if "<" in before else -4.0
 
 
 def rows(workspace: Workspace) -> dict[str, dict[str, object]]:
@@ -178,16 +179,25 @@ def test_every_item_gets_one_row_with_its_state(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("gain", "seen"), [(MIN_EVIDENCE, "red shoe"), (MIN_EVIDENCE - 0.01, ""), (-1.0, "")])
 def test_an_answer_that_is_as_likely_without_the_picture_was_not_seen(tmp_path: Path, gain: float, seen: str) -> None:
     workspace = shop(tmp_path)
-    asked = FakeMllm(say=look, likelihood=lambda before, _: -2.0 + gain if "<" in before else -2.0)
+    asked = FakeMllm(say=look, likelihood=lambda before, _: -1.0 if "<" in before else -1.0 - gain)
     describe(workspace, asked)
     assert rows(workspace)["both"]["visual"] == seen
     assert rows(workspace)["picture"]["reason"] == ("" if seen else "no text, nothing seen in the picture")
-    question = "\nWhat is in the picture?It is a"
+    question = "\nWhat is in the picture?The picture shows a"
     answers = (" red shoe", " blue bag")
     assert set(asked.weighed) == {("Picture: none" + question, answer) for answer in answers} | {
         (f"Picture: <{sha256}>" + question, answer)
         for sha256, answer in zip((RED_HASH, BLUE_HASH), answers, strict=True)
     }
+
+
+@pytest.mark.parametrize(("likelihood", "seen"), [(MIN_LOGLIK, "red shoe"), (MIN_LOGLIK - 0.01, "")])
+def test_an_answer_that_is_unlikely_even_with_the_picture_was_not_seen(
+    tmp_path: Path, likelihood: float, seen: str
+) -> None:
+    workspace = shop(tmp_path)
+    describe(workspace, FakeMllm(say=look, likelihood=lambda before, _: likelihood if "<" in before else -9.0))
+    assert rows(workspace)["both"]["visual"] == seen
 
 
 def test_each_question_is_asked_about_each_picture_and_each_answer_kept_once(tmp_path: Path) -> None:
@@ -287,7 +297,7 @@ def test_only_the_item_that_changed_is_made_again(
     monkeypatch.setattr(items, "load_items", lambda _: catalogue)
     again = FakeMllm(say=look, likelihood=sees)
     assert describe(workspace, again) == Counts(reused=5, made=1, failed=0)
-    asked = [f"Picture: <{looked_at}>\nWhat is in the picture?It is a"] if looked_at else []
+    asked = [f"Picture: <{looked_at}>\nWhat is in the picture?The picture shows a"] if looked_at else []
     assert [shown(prompt) for prompt in again.generated] == asked
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -252,10 +253,12 @@ def print_metrics(result: dict[str, Any]) -> None:
     console.print(table)
     chosen = result["choices"]
     console.print(
-        f"{about['protocol']}, ties in time: {about['tie_rule']}, repeats: {about['repeats']}, {about['catalogue']}; "
-        f"tied scores: {about['ties']}; the first {about['reranked']} of retrieval are reranked and hold "
-        f"{result['targets_among_candidates']:.1%} of the targets; chosen on {result['choosing_targets']} "
-        f"content weight {chosen['content_weight']}, fusion {chosen['fusion']}; intervals: {about['intervals']}.",
+        f"{about['protocol']}, ties in time: {about['tie_rule']}, repeats: {about['repeats']}; "
+        f"catalogue: {about['catalogue']}; tied scores: {about['ties']}; intervals: {about['intervals']}.\n"
+        f"The first {about['reranked']} of retrieval are reranked and hold "
+        f"{result['targets_among_candidates']:.1%} of the targets. Chosen on {result['choosing_targets']} targets of "
+        f"validation, {result['choosing_targets_among_candidates']} of them among their candidates: "
+        f"content weight {chosen['content_weight']}, fusion {chosen['fusion']}.",
         highlight=False,
     )
 
@@ -287,6 +290,8 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # transformers warns of its own future; a person who runs a stage can do nothing about that
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     from mllm_srec.errors import MllmSrecError
 
     try:

@@ -90,7 +90,7 @@ class RetrievalConfig(_Section):
 class TrainingConfig(_Section):
     """Stage 3, LoRA fine-tuning; one row is one user with a positive and its negatives."""
 
-    rows: int = Field(400, ge=0)
+    rows: int = Field(300, ge=0)
     """Training rows per epoch at most; 0 ranks without fine-tuning."""
     epochs: int = Field(1, ge=1)
     negatives: int = Field(8, ge=1)

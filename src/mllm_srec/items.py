@@ -28,8 +28,10 @@ ITEM_TEXTS = Table(
 
 EMBEDDINGS = Table("item_embeddings", pa.schema([("vector", pa.list_(pa.float32()))]))
 
-MIN_EVIDENCE = 0.5
-"""Nats per token by which the picture must make an answer likelier than no picture does; below, it was not seen."""
+MIN_EVIDENCE, MIN_LOGLIK = 2.5, -2.0
+"""Nats per token: by how much the picture must make an answer likelier than no picture does, and how likely it must be
+then; else it was not seen. Set phrases gain less than 2, what is seen more than 3; what gains much from nearly nothing
+is no word at all."""
 
 CANDIDATE_WORDS = 20
 """Words of an item's own text in a composed description."""
@@ -123,7 +125,8 @@ def _read_pictures(
         without = mllm.loglik([blind] * len(distinct), [f" {answer}" for answer in distinct])
         unseen = dict(zip(distinct, check_finite(without, "likelihoods of answers without a picture"), strict=True))
         for (i, _, answer), likelihood in zip(said, check_finite(looked, "likelihoods of answers"), strict=True):
-            if likelihood - unseen[answer] >= MIN_EVIDENCE and answer not in seen[i]:
+            evident = likelihood >= MIN_LOGLIK and likelihood - unseen[answer] >= MIN_EVIDENCE
+            if evident and answer not in seen[i]:
                 seen[i].append(answer)
     return [", ".join(answers) for answers in seen]
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-VERSION = "items-1"
+VERSION = "items-2"
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Question:
 
 
 QUESTIONS = {
-    "kind": Question("What is in the picture?", "It is a"),
+    "kind": Question("What is in the picture?", "The picture shows a"),
     "colours": Question("Which colours does the main thing in the picture have?", "Its colours are"),
     "pattern": Question("Which pattern or material does the main thing in the picture have?", "It is"),
     "style": Question("What is the style of the main thing in the picture, and whom is it for?", "It is"),
