@@ -1,6 +1,7 @@
 """Every text for a model reads well whatever is missing, has a version, and lives in one place."""
 
 import ast
+import hashlib
 import importlib
 import pkgutil
 import re
@@ -30,6 +31,24 @@ def check(text: str, *parts: str) -> None:
         assert trace not in text, (trace, text)
     for part in parts:
         assert part.rstrip(". ") in text
+
+
+PRINTED = {"items-2": "4322472ffabc20c9", "ranking-1": "9bdd1919dd4f195b", "users-1": "f12222dead9394b3"}
+"""Version -> hash of the module's text without the line of its version."""
+
+
+def text_of(name: str) -> str:
+    lines = Path(prompts.__path__[0], f"{name}.py").read_text(encoding="utf-8").splitlines(keepends=True)
+    return hashlib.sha256("".join(line for line in lines if not line.startswith("VERSION")).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_changed_text_raises_its_version(name: str) -> None:
+    version = importlib.import_module(f"mllm_srec.prompts.{name}").VERSION
+    assert PRINTED.get(version) == text_of(name), (
+        f"prompts/{name}.py is not what {version} was: raise its VERSION, so that rows made with the old texts are made "
+        f"again, and enter {text_of(name)!r} above"
+    )
 
 
 def test_every_module_has_a_version_of_its_own() -> None:
