@@ -1,6 +1,6 @@
 """What every stage costs on the sample shop with the embedded model: seconds, share of the whole, peak memory.
 
-    python benchmarks/stages.py [--users 60] [--rows 64] [--json]
+    python benchmarks/stages.py [--users 60] [--rows 40] [--json]
 
 Seconds depend on the machine; the shares and the memory are what to compare between two versions.
 """
@@ -62,7 +62,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--users", type=int, default=60)
-    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=40)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     result = measure(options.users, options.rows)

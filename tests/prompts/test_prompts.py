@@ -46,8 +46,8 @@ def text_of(name: str) -> str:
 def test_a_changed_text_raises_its_version(name: str) -> None:
     version = importlib.import_module(f"mllm_srec.prompts.{name}").VERSION
     assert PRINTED.get(version) == text_of(name), (
-        f"prompts/{name}.py is not what {version} was: raise its VERSION, so that rows made with the old texts are made "
-        f"again, and enter {text_of(name)!r} above"
+        f"prompts/{name}.py is not what {version} was: raise its VERSION, so that rows made with the old texts are "
+        f"made again, and enter {text_of(name)!r} above"
     )
 
 
