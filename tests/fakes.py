@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 from PIL import Image
 
-from mllm_srec.config import Config
+from mllm_srec.config import Config, UsersConfig
 from mllm_srec.data.dataset import Dataset
 from mllm_srec.items import Catalogue
 from mllm_srec.mllm.base import Prompt, Request
@@ -143,3 +143,17 @@ def make_shop(
     for name, data in (pictures or {}).items():
         (folder / name).write_bytes(data)
     return Workspace.create(folder / "ws", config or Config(), make_dataset(folder, items, log))
+
+
+CATALOGUE = make_catalogue(
+    a="red shoe", b="red hat", c="red scarf", d="blue shoe", e="blue hat", f="wool", g="wool hat", h="green", i="green"
+)
+IDS = "".join(CATALOGUE.ids)
+
+
+def place(items: str) -> np.ndarray:
+    return np.array([IDS.index(item) for item in items], dtype=np.int32)
+
+
+def users_config(**changes: object) -> UsersConfig:
+    return UsersConfig.model_validate({"last": 12, "window": 4, "step": 4, "recent": 3, **changes})

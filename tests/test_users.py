@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fakes import FakeMllm, make_catalogue, make_dataset, shown
+from fakes import CATALOGUE, IDS, FakeMllm, make_dataset, place, shown
+from fakes import users_config as config
 from mllm_srec.config import UsersConfig
 from mllm_srec.data.dataset import Histories
 from mllm_srec.errors import ModelError
@@ -33,19 +34,6 @@ from mllm_srec.users import (
     summarise,
     window_bounds,
 )
-
-CATALOGUE = make_catalogue(
-    a="red shoe", b="red hat", c="red scarf", d="blue shoe", e="blue hat", f="wool", g="wool hat", h="green", i="green"
-)
-IDS = "".join(CATALOGUE.ids)
-
-
-def place(items: str) -> np.ndarray:
-    return np.array([IDS.index(item) for item in items], dtype=np.int32)
-
-
-def config(**changes: object) -> UsersConfig:
-    return UsersConfig.model_validate({"last": 12, "window": 4, "step": 4, "recent": 3, **changes})
 
 
 def nobody_dislikes(items: Sequence[object]) -> np.ndarray:

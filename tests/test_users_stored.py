@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fakes import Event, FakeMllm, make_catalogue, make_shop, shown
-from mllm_srec.config import Config, UsersConfig
+from fakes import CATALOGUE, IDS, Event, FakeMllm, make_shop, place, shown
+from fakes import users_config as config
+from mllm_srec.config import Config
 from mllm_srec.errors import StoreError
 from mllm_srec.mllm.base import Prompt
 from mllm_srec.prompts import users as prompts
@@ -31,19 +32,6 @@ from mllm_srec.users import (
     window_key,
 )
 from mllm_srec.workspace import Workspace
-
-CATALOGUE = make_catalogue(
-    a="red shoe", b="red hat", c="red scarf", d="blue shoe", e="blue hat", f="wool", g="wool hat", h="green", i="green"
-)
-IDS = "".join(CATALOGUE.ids)
-
-
-def place(items: str) -> np.ndarray:
-    return np.array([IDS.index(item) for item in items], dtype=np.int32)
-
-
-def config(**changes: object) -> UsersConfig:
-    return UsersConfig.model_validate({"last": 12, "window": 4, "step": 4, "recent": 3, **changes})
 
 
 def shop(folder: Path, log: dict[str, list[Event]], **changes: object) -> Workspace:

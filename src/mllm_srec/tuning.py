@@ -21,11 +21,11 @@ from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.progress import Bar, say
 from mllm_srec.prompts import ranking as prompts
 from mllm_srec.records import TrainingRecord
+from mllm_srec.store_files import CHECKPOINTS
 from mllm_srec.workspace import atomic_write, fingerprint, read_manifest, write_manifest
 
 ANSWER_WEIGHT = 0.1
 COT_WEIGHT = 0.1
-CHECKPOINTS = "checkpoints"
 MARK = "fingerprint.txt"
 
 
