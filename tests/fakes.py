@@ -14,7 +14,7 @@ from PIL import Image
 from mllm_srec.config import Config, UsersConfig
 from mllm_srec.data.dataset import Dataset
 from mllm_srec.items import Catalogue
-from mllm_srec.mllm.base import Prompt, Request
+from mllm_srec.mllm.base import Answer, Picture, Prompt, Question, Request
 from mllm_srec.prompts import ranking as prompts
 from mllm_srec.workspace import Workspace
 
@@ -40,13 +40,37 @@ class FakeMllm:
     likelihood: Callable[[str, str], float] = draw
     """Of a continuation or candidate, given all that stands before it."""
     odds: Callable[[str, str], float] = lambda prefix, candidate: draw(prefix, candidate, "odds")
+    sees: Mapping[str | tuple[str, str], str] = field(default_factory=dict)
+    """What `ask` answers to a picture, by (its hash, the answer's first words), by these words or by its hash."""
     generated: list[Prompt] = field(default_factory=list)
     weighed: list[tuple[str, str]] = field(default_factory=list)
     scored: list[Request] = field(default_factory=list)
+    asked: list[tuple[Prompt, Question]] = field(default_factory=list)
 
     def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
         self.generated += prompts
         return [" ".join(self.say(prompt).split(" ")[:max_new_tokens]) for prompt in prompts]
+
+    def ask(self, prefixes: Sequence[Prompt], questions: Sequence[Question], max_new_tokens: int) -> list[list[Answer]]:
+        self.asked += [(prefix, question) for prefix in prefixes for question in questions]
+        return [[self._answer(prefix, question, max_new_tokens) for question in questions] for prefix in prefixes]
+
+    def _answer(self, prefix: Prompt, question: Question, max_new_tokens: int) -> Answer:
+        """Sure of what it sees; without a picture or before a strange one every option alike, and "a thing"."""
+        hashes = [part.sha256 for part in prefix.parts if isinstance(part, Picture)]
+        keys = [key for sha in hashes for key in ((sha, question.answer), question.answer, sha)]
+        seen = next((self.sees[key] for key in keys if key in self.sees), None)
+        if not question.options:
+            words = "a thing" if seen is None else seen
+            text = " ".join(words.split(" ")[:max_new_tokens])
+            return Answer(text, (-4.0 if seen is None else -0.5) if text else 0.0, np.zeros(0, np.float32))
+        count = len(question.options)
+        told = np.full(count, -np.log(count), np.float32)
+        if seen in question.options:
+            told[:] = -9
+            told[question.options.index(seen)] = -0.1
+        best = int(told.argmax())
+        return Answer(question.options[best], float(told[best]), told)
 
     def score(self, requests: Sequence[Request]) -> list[np.ndarray]:
         self.scored += requests
@@ -66,8 +90,8 @@ class FakeMllm:
         return vectors([shown(prompt) for prompt in prompts])
 
     def calls(self) -> int:
-        """Prompts and requests so far."""
-        return len(self.generated) + len(self.weighed) + len(self.scored)
+        """Prompts, requests and answered questions so far."""
+        return len(self.generated) + len(self.weighed) + len(self.scored) + len(self.asked)
 
 
 def vectors(texts: Sequence[str], size: int = 4) -> np.ndarray:
@@ -108,6 +132,7 @@ def make_catalogue(**facts: str) -> Catalogue:
         facts=of_items,
         base_rate={fact: n / len(of_items) for fact, n in count.items()},
         embedding_texts=titles,
+        pictures=[None] * len(titles),
     )
 
 

@@ -1,10 +1,12 @@
 """The one interface of the model: prompts of text and pictures in; texts, scores, likelihoods and vectors out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+
+from mllm_srec.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,50 @@ class Request:
     question: str = ""
 
 
+@dataclass(frozen=True)
+class Question:
+    """One question behind a shared prefix; `answer` is what the assistant's turn begins with.
+
+    With `options` the model chooses: their likelihoods are read and nothing is generated. Without, it writes. No option
+    may be the beginning of another one: it would always be the likelier.
+    """
+
+    ask: str
+    answer: str = ""
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answered to a `Question`."""
+
+    text: str
+    """Its own words, or the likeliest option."""
+    loglik: float | None
+    """Mean log-likelihood per token of its own words (0 if it wrote none), or the likeliest option's log-likelihood.
+
+    None: the backend gives no likelihoods.
+    """
+    options: np.ndarray
+    """float32 (O,): log-likelihood of each option, summed over its tokens; (0,) where the question has none."""
+
+
+class PartialFailure(ModelError):  # noqa: N818 - the rows that did not fail are its content
+    """Some rows of a batch failed for good: `results` is what the method returns, with None at those rows.
+
+    `errors` says why, by row.
+    """
+
+    def __init__(self, results: Sequence[Any], errors: Mapping[int, str]) -> None:
+        super().__init__(results, errors)  # all arguments, so that a copy sent by another process can be rebuilt
+        self.results = list(results)
+        self.errors = dict(errors)
+
+    def __str__(self) -> str:
+        first = min(self.errors)
+        return f"{len(self.errors)} of {len(self.results)} rows failed, row {first}: {self.errors[first]}"
+
+
 class Mllm(Protocol):
     """A multimodal large language model, batched. Every method keeps the order of its input."""
 
@@ -48,6 +94,13 @@ class Mllm(Protocol):
 
     def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
         """Greedy continuations, at most `max_new_tokens` tokens each, without special tokens."""
+
+    def ask(self, prefixes: Sequence[Prompt], questions: Sequence[Question], max_new_tokens: int) -> list[list[Answer]]:
+        """Every question to every prefix: one list of answers per prefix, in the questions' order.
+
+        A prefix (pictures and text of the user's turn) is read once for all questions. Own words are greedy, at most
+        `max_new_tokens` tokens per question.
+        """
 
     def score(self, requests: Sequence[Request]) -> list[np.ndarray]:
         """float32 (C_i, 2) per request, from one packed pass.
@@ -61,3 +114,14 @@ class Mllm(Protocol):
 
     def embed(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """float32 (N, D), L2-normalised: mean of the last hidden states over the prompt's tokens."""
+
+
+def check_finite(values: np.ndarray, what: str) -> np.ndarray:
+    """`values` as they are.
+
+    Raises:
+        ModelError: one of them is NaN or infinite, so that comparing it would silently decide something.
+    """
+    if not np.isfinite(values).all():
+        raise ModelError(f"the model gave {what} that are not finite: try model.dtype=float32")
+    return values

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from mllm_srec.errors import ModelError
-from mllm_srec.mllm.base import Picture, Prompt, Request
+from mllm_srec.mllm import asking
+from mllm_srec.mllm.base import Answer, Picture, Prompt, Question, Request
 from mllm_srec.mllm.packing import PackedSegments, chunks, pack, row_mask, segment_mask
 from mllm_srec.mllm.rendering import EncodedRequest, Renderer
 
@@ -20,13 +21,14 @@ HEAD_ROWS = 512
 
 
 class LocalMllm:
-    """`generate`, `score`, `loglik` and `embed` over a loaded model; see `mllm.base.Mllm` for the contract."""
+    """`generate`, `ask`, `score`, `loglik` and `embed` over a loaded model; see `mllm.base.Mllm` for the contract."""
 
     def __init__(self, model: Any, processor: Any, base_identity: str, batch_size: int = 32) -> None:
         """Wrap a model in evaluation mode and its processor; `base_identity` is the content hash of its weights."""
         self.model = model.eval()
         self.model.requires_grad_(False)
-        self.renderer = Renderer(processor)
+        text_config = model.config.get_text_config(decoder=True)
+        self.renderer = Renderer(processor, getattr(text_config, "max_position_embeddings", None))
         self.batch_size = batch_size
         self._base_identity = base_identity
         self._adapter_identity = ""
@@ -55,18 +57,25 @@ class LocalMllm:
         """Greedy continuations in batches of `batch_size`, prompts with and without pictures apart."""
         answers = [""] * len(prompts)
         for rows, inputs in self._batches(prompts, "left"):
-            made = self.model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=self.renderer.tokenizer.pad_token_id,
-            )
+            self.renderer.check_length(int(inputs["attention_mask"].sum(1).max()) + max_new_tokens)
+            with _accepted():
+                made = self.model.generate(
+                    **inputs,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    pad_token_id=self.renderer.tokenizer.pad_token_id,
+                )
             new = made[:, inputs["input_ids"].shape[1] :]
             for row, text in zip(
                 rows, self.renderer.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True
             ):
                 answers[row] = text.strip()
         return answers
+
+    @torch.inference_mode()
+    def ask(self, prefixes: Sequence[Prompt], questions: Sequence[Question], max_new_tokens: int) -> list[list[Answer]]:
+        """Every question to every prefix; see `asking.ask`."""
+        return asking.ask(self, prefixes, questions, max_new_tokens)
 
     @torch.inference_mode()
     def loglik(self, prompts: Sequence[Prompt], continuations: Sequence[str]) -> np.ndarray:
@@ -82,7 +91,8 @@ class LocalMllm:
         for rows, inputs in self._batches(prompts, "right"):
             lengths = inputs["attention_mask"].sum(1)
             extended = _append(inputs, lengths, [tokens[row] for row in rows], self.renderer.tokenizer.pad_token_id)
-            hidden = self._core(**extended, use_cache=False).last_hidden_state
+            self.renderer.check_length(int(extended["attention_mask"].sum(1).max()))
+            hidden = self._read(**extended, use_cache=False)
             for at, (row, length) in enumerate(zip(rows, lengths.tolist(), strict=True)):
                 wanted = torch.tensor(tokens[row], device=self.device)
                 likelihoods = self._token_logliks(hidden[at, length - 1 : length - 1 + len(wanted)], wanted)
@@ -94,7 +104,7 @@ class LocalMllm:
         """float32 (N, D): mean last hidden state of each prompt, L2-normalised."""
         vectors: list[Any] = [None] * len(prompts)
         for rows, inputs in self._batches(prompts, "right"):
-            hidden = self._core(**inputs, use_cache=False).last_hidden_state.float()
+            hidden = self._read(**inputs, use_cache=False).float()
             weights = inputs["attention_mask"][..., None].float()
             pooled = nn.functional.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)
             for row, vector in zip(rows, pooled.cpu().numpy(), strict=True):
@@ -113,19 +123,16 @@ class LocalMllm:
         return [self._score(self.renderer.encode_request(request)) for request in requests]
 
     def _score(self, encoded: EncodedRequest) -> np.ndarray:
-        cache = self._plain_cache()
         prefix, positions = self._prefix(encoded)
         length = prefix["input_ids"].shape[1]
-        read = self._core(**prefix, position_ids=positions, cache=cache, use_cache=True)
-        if cache.get_seq_length() != length:  # models swallow a keyword they do not know, and the scores would be wrong
-            raise ModelError("the model did not fill the cache it was given: install transformers 5.24 or later")
-        last, following = read.last_hidden_state[0, -1:], int(positions.max()) + 1
+        cache, read = self.fill_cache(prefix, positions)
+        last, following = read[0, -1:], int(positions.max()) + 1
 
         segments = [candidate + encoded.question for candidate in encoded.candidates]
         scores = np.zeros((len(segments), 2), dtype=np.float32)
         for run in chunks([len(segment) for segment in segments]):
             packed = pack([segments[i] for i in run])
-            hidden = self._core(
+            hidden = self.core(
                 input_ids=packed.ids[None].to(self.device),
                 attention_mask=segment_mask(packed, length, self.model.dtype).to(self.device),
                 position_ids=(following + packed.place)[None].to(self.device),
@@ -168,12 +175,14 @@ class LocalMllm:
         """Hidden states (S, D) of packed `segments` behind the prefix, with gradients, in one pass without a cache.
 
         Raises:
-            ModelError: the model has layers whose attention is not plain and full, which a row's mask would change.
+            ModelError: the model has layers whose attention is not plain and full, which a row's mask would change; the
+                prefix with its longest segment is longer than the model's context.
         """
         self._plain_cache()
         packed = pack(segments)
         prefix, positions = self._prefix(encoded)
         length = prefix["input_ids"].shape[1]
+        self.renderer.check_length(length + int(packed.place.max()) + 1)
         inputs = dict(prefix)
         inputs["input_ids"] = torch.cat([prefix["input_ids"][0], packed.ids.to(self.device)])[None]
         for name in ("mm_token_type_ids",):
@@ -182,7 +191,7 @@ class LocalMllm:
         behind = (int(positions.max()) + 1 + packed.place).to(self.device)
         inputs["position_ids"] = torch.cat([positions, behind.expand(*positions.shape[:-1], -1)], -1)
         inputs["attention_mask"] = row_mask(packed, length, self.model.dtype).to(self.device)
-        hidden = self._core(**inputs, use_cache=False).last_hidden_state
+        hidden = self._read(**inputs, use_cache=False)
         return hidden[0, length:], packed
 
     def label_logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -281,12 +290,44 @@ class LocalMllm:
     # -- inside -------------------------------------------------------------------------------------------------------
 
     @property
-    def _core(self) -> Any:
+    def core(self) -> Any:
+        """The model without its head: ids to hidden states."""
         return self.model.model
+
+    def _read(self, **inputs: Any) -> torch.Tensor:
+        """(B, L, D): last hidden states of inputs that may hold pictures."""
+        with _accepted():
+            return torch.as_tensor(self.core(**inputs).last_hidden_state)
 
     @property
     def _head(self) -> Any:
         return self.model.get_output_embeddings()
+
+    def fill_cache(self, inputs: dict[str, torch.Tensor], positions: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """A cache that holds the prefixes (B, P) of `inputs`, and their last hidden states (B, P, D).
+
+        Raises:
+            ModelError: the model cannot keep them so that they can be read from again and again.
+        """
+        cache = self._plain_cache()
+        hidden = self._read(**inputs, position_ids=positions, cache=cache, use_cache=True)
+        # Models swallow a keyword they do not know, and all that is read behind the prefix would be wrong.
+        if cache.get_seq_length() != inputs["input_ids"].shape[1]:
+            raise ModelError("the model did not fill the cache it was given: install transformers 5.24 or later")
+        return cache, hidden
+
+    def positions(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Positions (B, P) of right-padded inputs, or (3, B, P) with pictures under M-RoPE."""
+        if "image_grid_thw" in inputs and hasattr(self.core, "get_rope_index"):
+            positions, _ = self.core.get_rope_index(
+                inputs["input_ids"],
+                inputs["mm_token_type_ids"],
+                image_grid_thw=inputs["image_grid_thw"],
+                attention_mask=inputs.get("attention_mask"),
+            )
+            return torch.as_tensor(positions)
+        rows, length = inputs["input_ids"].shape
+        return torch.arange(length, device=self.device).expand(rows, -1)
 
     def _plain_cache(self) -> Any:
         from transformers import DynamicCache
@@ -298,14 +339,8 @@ class LocalMllm:
 
     def _prefix(self, encoded: EncodedRequest) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """The prefix's inputs on the device, and its positions (1, P), or (3, 1, P) with pictures under M-RoPE."""
-        prefix = self._on_device({k: v for k, v in encoded.prefix.items() if k != "attention_mask"})
-        length = prefix["input_ids"].shape[1]
-        if "image_grid_thw" in prefix and hasattr(self._core, "get_rope_index"):
-            positions, _ = self._core.get_rope_index(
-                prefix["input_ids"], prefix["mm_token_type_ids"], image_grid_thw=prefix["image_grid_thw"]
-            )
-            return prefix, positions
-        return prefix, torch.arange(length, device=self.device)[None]
+        prefix = self.on_device({k: v for k, v in encoded.prefix.items() if k != "attention_mask"})
+        return prefix, self.positions(prefix)
 
     def _batches(self, prompts: Sequence[Prompt], side: str) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
         pictures = [[part for part in prompt.parts if isinstance(part, Picture)] for prompt in prompts]
@@ -314,27 +349,56 @@ class LocalMllm:
             for start in range(0, len(rows), self.batch_size):
                 part = rows[start : start + self.batch_size]
                 texts = [self.renderer.text(prompts[i]) for i in part]
-                yield part, self._on_device(self.renderer.encode(texts, [pictures[i] for i in part], side))
+                yield part, self.on_device(self.renderer.encode(texts, [pictures[i] for i in part], side))
 
-    def _on_device(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def on_device(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Model inputs where the model runs, in its data type.
+
+        Raises:
+            ModelError: the pictures have not as many tokens as the model will make features of them (Qwen-VL, whose
+                positions are counted from both; the other models compare them when they read).
+        """
+        if "image_grid_thw" in inputs:
+            merged = self.model.config.vision_config.spatial_merge_size**2
+            features = int(inputs["image_grid_thw"].prod(-1).sum()) // merged
+            tokens = int((inputs["input_ids"] == self.model.config.image_token_id).sum())
+            if tokens != features:
+                raise ModelError(
+                    f"the model's processor wrote {tokens} picture tokens where the model makes {features} features: "
+                    "the two do not belong together, fetch the model again or choose another"
+                )
         return {
             name: value.to(self.device, self.model.dtype if value.is_floating_point() else value.dtype)
             for name, value in inputs.items()
         }
 
     def _token_logliks(self, hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """float32 (N,): log-likelihood of token wanted[n] at hidden states (N, D).
+        """float32 (N,): log-likelihood of token wanted[n] at hidden states (N, D)."""
+        return self.own_logits(hidden, wanted) - self.normalisers(hidden)
 
-        The wanted token's logit is computed in float32; only the normaliser's many logits keep the model's type.
-        """
+    def own_logits(self, hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """(N,): logit of token wanted[n] at hidden states (N, D), computed in float32 whatever the model's type."""
         parts = []
-        for start in range(0, len(wanted), HEAD_ROWS):
-            states, tokens = hidden[start : start + HEAD_ROWS], wanted[start : start + HEAD_ROWS]
+        for states, tokens in zip(torch.split(hidden, HEAD_ROWS), torch.split(wanted, HEAD_ROWS), strict=True):
             own = (states.float() * self._head.weight[tokens].float()).sum(-1)
-            if self._head.bias is not None:
-                own = own + self._head.bias[tokens].float()
-            parts.append(own - self.logits(states).logsumexp(-1))
+            parts.append(own if self._head.bias is None else own + self._head.bias[tokens].float())
         return torch.cat(parts)
+
+    def normalisers(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 (N,): logarithm of the sum over the vocabulary's exponentiated logits at hidden states (N, D)."""
+        return torch.cat([self.logits(states).logsumexp(-1) for states in torch.split(hidden, HEAD_ROWS)])
+
+
+@contextmanager
+def _accepted() -> Iterator[None]:
+    """What transformers finds wrong with inputs, as an error for people: picture tokens and features not as many."""
+    try:
+        yield
+    except ValueError as error:
+        raise ModelError(
+            f"the model refuses what its processor made of a prompt: {error}; if the two do not belong together, fetch "
+            "the model again or choose another"
+        ) from error
 
 
 def _append(
