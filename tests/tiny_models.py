@@ -31,13 +31,18 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMImageProcessorPil,
+    SmolVLMProcessor,
+    SmolVLMVisionConfig,
 )
 
 from mllm_srec.mllm.base import Picture
 from mllm_srec.mllm.load import pictures_only
 from mllm_srec.mllm.local import LocalMllm
 
-KINDS = ("llava", "llava_next", "idefics3", "qwen2_5_vl", "qwen3_vl")
+KINDS = ("llava", "llava_next", "idefics3", "smolvlm", "qwen2_5_vl", "qwen3_vl")
 
 SPECIAL = {
     "llava": ["<pad>", "<s>", "</s>", "<image>"],
@@ -48,6 +53,7 @@ SPECIAL = {
         *("<|image_pad|>", "<|video_pad|>"),
     ],
 }
+SPECIAL["smolvlm"] = [*SPECIAL["idefics3"], *(f"<row_{row}_col_{col}>" for row in (1, 2) for col in (1, 2))]
 SPECIAL["qwen3_vl"] = SPECIAL["qwen2_5_vl"]
 
 # In the manner of the released models' templates, defaults and all.
@@ -206,30 +212,43 @@ def _llava_next() -> tuple[Any, Any]:
 
 
 def _idefics3() -> tuple[Any, Any]:
-    """The family of SmolVLM, whose own processor needs the package num2words."""
-    tokenizer = tiny_tokenizer("idefics3")
-    config = Idefics3Config(
-        vision_config=Idefics3VisionConfig(
-            hidden_size=24,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=32,
-            patch_size=8,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, bos_token_id=1, eos_token_id=2, **SHAPE
-        ),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        scale_factor=2,
-    )
+    tokenizer, vision, text, rest = _idefics("idefics3")
+    config = Idefics3Config(vision_config=Idefics3VisionConfig(**vision), text_config=text, **rest)
     processor = Idefics3Processor(
-        image_processor=Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32}),
+        image_processor=Idefics3ImageProcessorPil(**SPLIT),
         tokenizer=tokenizer,
         image_seq_len=4,
         chat_template=IDEFICS_TEMPLATE,
     )
     return Idefics3ForConditionalGeneration(config), processor
+
+
+def _smolvlm() -> tuple[Any, Any]:
+    tokenizer, vision, text, rest = _idefics("smolvlm")
+    config = SmolVLMConfig(vision_config=SmolVLMVisionConfig(**vision), text_config=text, **rest)
+    processor = pictures_only(SmolVLMProcessor)(
+        SmolVLMImageProcessorPil(**SPLIT), tokenizer, None, image_seq_len=4, chat_template=IDEFICS_TEMPLATE
+    )
+    return SmolVLMForConditionalGeneration(config), processor
+
+
+SPLIT = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
+
+
+def _idefics(kind: str) -> tuple[Any, dict[str, Any], LlamaConfig, dict[str, Any]]:
+    tokenizer = tiny_tokenizer(kind)
+    vision = {
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, bos_token_id=1, eos_token_id=2, **SHAPE
+    )
+    return tokenizer, vision, text, {"image_token_id": tokenizer.convert_tokens_to_ids("<image>"), "scale_factor": 2}
 
 
 def _qwen(kind: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:

@@ -69,7 +69,7 @@ def test_only_the_language_models_top_layers_are_adapted(
 ) -> None:
     train(tiny_mllm(kind), tmp_path, top_layers)
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".safetensors"}
-    language = "text_model" if kind == "idefics3" else "language_model"
+    language = "text_model" if kind in ("idefics3", "smolvlm") else "language_model"
     names = {name.split(".lora_")[0] for name in load_file(tmp_path / "adapter_model.safetensors")}
     assert names == {
         f"base_model.model.model.{language}.layers.{layer}.{'mlp' if part[0] in 'gud' else 'self_attn'}.{part}"

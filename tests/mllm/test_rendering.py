@@ -152,7 +152,7 @@ def special_text(kind: str) -> st.SearchStrategy[str]:
     return st.lists(piece, max_size=12).map("".join)
 
 
-@pytest.mark.parametrize("kind", ["llava", "idefics3", "qwen2_5_vl"])
+@pytest.mark.parametrize("kind", ["llava", "smolvlm", "qwen2_5_vl"])
 @given(st.data())
 def test_no_text_becomes_a_special_token(kind: str, data: st.DataObject) -> None:
     shown = renderer(kind)
@@ -164,7 +164,7 @@ def test_no_text_becomes_a_special_token(kind: str, data: st.DataObject) -> None
     assert specials.isdisjoint(shown.ids(neutral))
 
 
-@pytest.mark.parametrize("kind", ["llava", "idefics3", "qwen2_5_vl"])
+@pytest.mark.parametrize("kind", ["llava", "smolvlm", "qwen2_5_vl"])
 @given(st.data())
 def test_a_prompt_has_the_templates_special_tokens_only(kind: str, data: st.DataObject) -> None:
     shown = renderer(kind)
@@ -259,7 +259,7 @@ def test_a_picture_has_as_many_tokens_as_features(kind: str, size: tuple[int, in
     seeing = {
         name: value for name, value in inputs.items() if name in ("pixel_values", "image_grid_thw", "image_sizes")
     }
-    if kind == "idefics3":
+    if "pixel_attention_mask" in inputs:
         seeing["pixel_attention_mask"] = inputs["pixel_attention_mask"]
     features = model.model.get_image_features(**seeing).pooler_output
     assert count == sum(len(feature) for feature in features) > 1

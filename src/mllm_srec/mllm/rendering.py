@@ -35,16 +35,20 @@ class EncodedRequest:
 class Renderer:
     """Turns prompts into model inputs with a transformers processor."""
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Any, context: int | None = None) -> None:
         """Find the label tokens and check that one token tells "Yes" from "No".
 
-        `lead` is what stands between the template's end and an answer: a space, or nothing after white space.
+        `context` is how many positions the language model was trained for, where that is known; the tokenizer's own
+        limit counts where it is smaller. `lead` is what stands between the template's end and an answer: a space, or
+        nothing after white space.
 
         Raises:
             ModelError: the tokenizer does not separate the labels by their first token, or has no chat template.
         """
         self.processor = processor
         self.tokenizer = processor.tokenizer
+        # A tokenizer without a limit says 1e30.
+        self.context = min(context or self.tokenizer.model_max_length, self.tokenizer.model_max_length)
         if getattr(processor, "chat_template", None) is None:
             raise ModelError("the model's processor has no chat template: choose an instruction-tuned model")
         if self.tokenizer.pad_token_id is None:
@@ -84,18 +88,27 @@ class Renderer:
         return head, tail
 
     def encode(self, texts: Sequence[str], pictures: Sequence[Sequence[Picture]], side: str) -> dict[str, torch.Tensor]:
-        """Model inputs of a padded batch (`side` is "left" or "right"); either every text has pictures or none."""
+        """Model inputs of a padded batch (`side` is "left" or "right"); either every text has pictures or none.
+
+        Nothing is truncated.
+
+        Raises:
+            ModelError: a text shows more or fewer pictures than it has, or is longer than the model's context.
+        """
+        self._check_pictures(texts, pictures)
         if not any(pictures):
             self.tokenizer.padding_side = side
-            encoded = self.tokenizer(list(texts), add_special_tokens=False, padding=True, return_tensors="pt")
+            encoded = self.tokenizer(
+                list(texts), add_special_tokens=False, padding=True, truncation=False, return_tensors="pt"
+            )
         else:
             images = [[open_picture(picture.data, MAX_SIDE) for picture in of_text] for of_text in pictures]
-            encoded = self.processor(
-                text=list(texts),
-                images=images,
-                text_kwargs={"add_special_tokens": False, "padding": True, "padding_side": side},
-                return_tensors="pt",
-            )
+            options = {"add_special_tokens": False, "padding": True, "truncation": False, "padding_side": side}
+            try:
+                encoded = self.processor(text=list(texts), images=images, text_kwargs=options, return_tensors="pt")
+            except ValueError as error:
+                raise ModelError(f"the model's processor refuses a prompt with pictures: {error}") from error
+        self.check_length(int(encoded["attention_mask"].sum(1).max()))
         return {
             name: value
             for name, value in encoded.items()
@@ -110,7 +123,8 @@ class Renderer:
         """Tokens of a request. A space at the end of the head moves to the candidates: tokens begin with it.
 
         Raises:
-            ModelError: a candidate has no text.
+            ModelError: a candidate has no text, a picture is not shown as it should be, or the prefix with its longest
+                candidate and the question is longer than the model's context.
         """
         head, tail = self.split(request)
         lead = " " if head.endswith(" ") else ""
@@ -121,7 +135,34 @@ class Renderer:
         if not all(candidates):
             raise ModelError(f"candidate number {candidates.index([])} of a request has no text")
         question = self.ids(self.neutral(request.question) + tail) if request.question else []
+        self.check_length(prefix["input_ids"].shape[1] + max(map(len, candidates), default=0) + len(question))
         return EncodedRequest(prefix, candidates, question)
+
+    def check_length(self, tokens: int) -> None:
+        """See that a prompt of so many tokens, with all that is read or written behind it, fits the model.
+
+        Raises:
+            ModelError: it is longer than the model's context.
+        """
+        if tokens > self.context:
+            raise ModelError(
+                f"a prompt needs {tokens:,} tokens, its pictures and its answer included, but the model's context is "
+                f"{self.context:,} tokens long: lower users.last or items.text_words, give smaller pictures, or choose "
+                "a model with a longer context"
+            )
+
+    def _check_pictures(self, texts: Sequence[str], pictures: Sequence[Sequence[Picture]]) -> None:
+        """Text by text, for transformers compares the sums over a batch: one text's loss may be another one's gain."""
+        token = getattr(self.processor, "image_token", None)
+        if token is None:  # the model itself compares tokens and features
+            return
+        for text, of_text in zip(texts, pictures, strict=True):
+            shown = text.count(token)
+            if shown != len(of_text):
+                raise ModelError(
+                    f"the model's chat template shows {shown} pictures ({token}) of a prompt that has {len(of_text)}: "
+                    "choose a model whose chat template shows every picture once"
+                )
 
     def _template(self, system: str, content: list[dict[str, str]]) -> str:
         user = {"role": "user", "content": content}
