@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from mllm_srec.data.drawing import COLOURS, KINDS, PATTERNS, RGB, SIZE, draw
+from mllm_srec.data.drawing import COLOURS, KINDS, MORE_RGB, PATTERNS, RGB, SIZE, draw, in_shop
 
 
 def pixels(kind: str, colour: str, pattern: str, seed: int = 0) -> np.ndarray:
@@ -38,6 +39,18 @@ def test_there_are_enough_kinds_colours_and_patterns() -> None:
     assert PATTERNS == ("plain", "striped", "dotted", "checked")
 
 
+def test_the_shop_has_two_patterns_of_every_kind_and_colour_and_no_other_colours() -> None:
+    for kind, colour in itertools.product(KINDS, COLOURS):
+        assert sum(in_shop(kind, colour, pattern) for pattern in PATTERNS) == 2
+    for kind, colour, pattern in itertools.product(KINDS, MORE_RGB, PATTERNS):
+        assert not in_shop(kind, colour, pattern)
+    assert in_shop(KINDS[0], COLOURS[0], PATTERNS[0]) and not in_shop(KINDS[0], COLOURS[0], PATTERNS[1])  # even and odd
+    for colour, pattern in itertools.product(COLOURS, PATTERNS):
+        assert sum(in_shop(kind, colour, pattern) for kind in KINDS) == len(KINDS) / 2
+    for kind, pattern in itertools.product(KINDS, PATTERNS):
+        assert sum(in_shop(kind, colour, pattern) for colour in COLOURS) == len(COLOURS) / 2
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_named_colour_fills_the_good_on_a_light_neutral_background(kind: str) -> None:
     for colour, pattern in itertools.product(COLOURS, PATTERNS):
@@ -48,6 +61,35 @@ def test_the_named_colour_fills_the_good_on_a_light_neutral_background(kind: str
         assert background.min() >= 225
         assert np.ptp(background) <= 8
         assert 0.12 < good(picture).mean() < 0.8, (colour, pattern)
+
+
+@pytest.mark.parametrize("colour", MORE_RGB)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_colour_for_training_fills_the_good_before_a_given_background(colour: str, pattern: str) -> None:
+    ground = Image.new("RGB", (10, 10), (200, 255, 0))
+    for kind in KINDS:
+        picture = np.asarray(draw(kind, colour, pattern, np.random.default_rng(3), ground)).astype(int)
+        # Not a nearby one: within the few percent by which a picture's own shade differs.
+        wanted = np.array(MORE_RGB[colour])
+        near = np.abs(picture[good(picture)] - wanted).max(axis=1) < 0.05 * wanted.max() + 4
+        assert near.mean() > 0.2, kind
+
+
+@pytest.mark.parametrize("colour", MORE_RGB)
+def test_a_pattern_shows_on_every_colour_for_training(colour: str) -> None:
+    plain, striped = pixels("t-shirt", colour, "plain"), pixels("t-shirt", colour, "striped")
+    assert edges(striped, 0) > edges(plain, 0) + 1000
+
+
+def test_a_background_fills_the_picture_behind_the_good() -> None:
+    ground = Image.new("RGB", (4, 4), (10, 20, 200))
+    ground.paste((200, 255, 0), (2, 0, 4, 4))
+    picture = np.asarray(draw("ball", "red", "plain", np.random.default_rng(0), ground))
+    assert (picture[[0, -1], 0] == (10, 20, 200)).all()
+    assert (picture[[0, -1], -1] == (200, 255, 0)).all()
+    without = np.asarray(draw("ball", "red", "plain", np.random.default_rng(0)))
+    assert (picture[SIZE // 2 - 8, SIZE // 2 - 8] == without[SIZE // 2 - 8, SIZE // 2 - 8]).all()  # the same good
+    assert ground.size == (4, 4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -23,12 +23,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mllm_srec.data import sample
-from mllm_srec.data.drawing import RGB
+from mllm_srec.data.drawing import RGB, in_shop
 from mllm_srec.data.readers import read
 from mllm_srec.data.sample import COLLECTIONS, COLOURS, KINDS, PATTERNS, write_sample
 from mllm_srec.errors import UsageError
 
-COMBINATIONS = len(KINDS) * len(COLOURS) * len(PATTERNS)
+COMBINATIONS = 224
+"""14 kinds x 8 colours x half of the 4 patterns."""
 COLOUR_WORDS = {
     *COLOURS,
     "white",
@@ -140,7 +141,7 @@ def test_another_seed_or_number_of_users_gives_another_shop(tmp_path: Path) -> N
 def test_the_reader_reads_every_row_and_every_picture_opens(shop: Shop) -> None:
     data = read(shop.folder)
     assert data.skipped.height == 0
-    assert data.items.height == 240 == len(list((shop.folder / "images").iterdir()))
+    assert data.items.height == COMBINATIONS == len(list((shop.folder / "images").iterdir()))
     assert data.interactions["user_id"].n_unique() == 60
     assert data.interactions.height == sum(map(len, shop.log.values()))
     assert data.root is not None
@@ -213,6 +214,7 @@ def test_any_shop_has_the_promised_size_and_every_fact_occurs(users: int, seed: 
     for fact, values in (("kind", KINDS), ("colour", COLOURS), ("pattern", PATTERNS), ("collection", COLLECTIONS)):
         assert {item[fact] for item in items} == set(values)
     assert len({(item["kind"], item["colour"], item["pattern"]) for item in items}) == len(items)
+    assert all(in_shop(item["kind"], item["colour"], item["pattern"]) for item in items)
     per_kind = Counter(item["kind"] for item in items)
     assert max(per_kind.values()) - min(per_kind.values()) <= 1
     assert sum(user["change"] is not None for user in shop.truth["users"].values()) == users // 3
@@ -224,6 +226,22 @@ def test_any_shop_has_the_promised_size_and_every_fact_occurs(users: int, seed: 
             position, times = truth["change"]["position"], [time for _, time in shop.log[user]]
             assert 0.4 <= position / len(times) <= 0.7
             assert times[position - 1] < times[position] == truth["change"]["timestamp"]  # never a tie
+
+
+def test_the_full_shop_has_two_patterns_of_every_kind_and_colour(large: Shop) -> None:
+    items = large.truth["items"].values()
+    patterns = Counter((item["kind"], item["colour"]) for item in items)
+    assert len(patterns) == 14 * 8
+    assert set(patterns.values()) == {2}
+    assert set(Counter(item["pattern"] for item in items).values()) == {COMBINATIONS // 4}
+
+
+def test_a_kind_has_all_colours_before_one_comes_twice(tmp_path: Path) -> None:
+    items = without_pictures(tmp_path, 3, 4).truth["items"].values()  # 120 items: 8 or 9 of each of the 14 kinds
+    for kind in KINDS:
+        colours = Counter(item["colour"] for item in items if item["kind"] == kind)
+        assert set(colours) == set(COLOURS)
+        assert sorted(colours.values())[:7] == [1] * 7
 
 
 def test_colour_and_pattern_stand_in_no_text(large: Shop) -> None:

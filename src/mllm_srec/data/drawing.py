@@ -31,7 +31,17 @@ RGB = {
 """The named colours; a picture's own shade lies within a few percent of one."""
 
 COLOURS = tuple(RGB)
+"""The colours of the sample shop."""
 PATTERNS = ("plain", "striped", "dotted", "checked")
+
+MORE_RGB = {
+    "white": (243, 243, 240),
+    "grey": (140, 142, 146),
+    "brown": (121, 78, 46),
+    "beige": (222, 202, 166),
+    "turquoise": (38, 178, 172),
+}
+"""Colours in which goods are drawn for training only."""
 
 Point = tuple[float, float]
 Colour = tuple[int, int, int]
@@ -41,26 +51,40 @@ _WOOD: Colour = (150, 122, 98)
 _METAL: Colour = (138, 142, 148)
 
 
-def draw(kind: str, colour: str, pattern: str, generator: np.random.Generator) -> Image.Image:
+def in_shop(kind: str, colour: str, pattern: str) -> bool:
+    """Whether the combination is one of the sample shop's; of each kind and colour half of the patterns are.
+
+    What the shop shows is never drawn for training: it is what trained eyes are tested on.
+    """
+    return colour in COLOURS and (KINDS.index(kind) + COLOURS.index(colour) + PATTERNS.index(pattern)) % 2 == 0
+
+
+def draw(
+    kind: str, colour: str, pattern: str, generator: np.random.Generator, background: Image.Image | None = None
+) -> Image.Image:
     """A picture of one good, RGB, `SIZE` x `SIZE` pixels.
 
     Args:
         kind: a name of `KINDS`.
-        colour: a name of `COLOURS`.
+        colour: a name of `RGB` or `MORE_RGB`.
         pattern: a name of `PATTERNS`.
         generator: varies position, size, shade, background and where the pattern starts, all slightly.
+        background: what stands behind the good; the sample shop's is a plain light grey.
     """
     brightness = generator.uniform(0.96, 1.04)
-    base = _scaled(RGB[colour], brightness)
+    base = _scaled({**RGB, **MORE_RGB}[colour], brightness)
     grey = int(generator.integers(232, 245))
     warmth = int(generator.integers(-3, 4))
-    image = Image.new("RGB", (_CANVAS, _CANVAS), (grey + warmth, grey, grey - warmth))
+    if background is None:
+        image = Image.new("RGB", (_CANVAS, _CANVAS), (grey + warmth, grey, grey - warmth))
+    else:
+        image = background.resize((_CANVAS, _CANVAS))
     scale = generator.uniform(0.86, 1.0)
     slack = 50 * (1 - scale)
     origin = 50 * (1 - scale) + generator.uniform(-slack, slack, 2)
     pen = _Pen(
         image,
-        _cloth(base, pattern, generator.uniform(0, 1, 2)),
+        _cloth(base, pattern, generator.uniform(0, 1, 2), _METAL if colour == "white" else _WHITE),
         base,
         dark=(112, 112, 118) if colour == "black" else _scaled(base, 0.5),
         scale=float(scale),
@@ -114,8 +138,8 @@ class _Pen:
         return units * self._scale * _CANVAS / 100
 
 
-def _cloth(base: Colour, pattern: str, start: np.ndarray) -> Image.Image:
-    """The whole canvas in `base` with the pattern, shifted by the share `start` (2,) of its period."""
+def _cloth(base: Colour, pattern: str, start: np.ndarray, paint: Colour) -> Image.Image:
+    """The whole canvas in `base` with the pattern in `paint`, shifted by the share `start` (2,) of its period."""
     cloth = Image.new("RGB", (_CANVAS, _CANVAS), base)
     draw = ImageDraw.Draw(cloth)
     # Bands and dots stay smaller than the ground between them, so that the named colour fills most of a good.
@@ -125,16 +149,16 @@ def _cloth(base: Colour, pattern: str, start: np.ndarray) -> Image.Image:
     if pattern == "striped":
         for row in steps:
             top = first_y + row * period
-            draw.rectangle((0, top, _CANVAS, top + 0.42 * period), fill=_WHITE)
+            draw.rectangle((0, top, _CANVAS, top + 0.42 * period), fill=paint)
     elif pattern == "dotted":
         radius = 0.27 * period
         for row in steps:
             for column in steps:
                 x = first_x + (column + 0.5 * (row % 2)) * period
                 y = first_y + row * period
-                draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=_WHITE)
+                draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=paint)
     elif pattern == "checked":
-        # As woven: a band across and a band down are half white each, where they cross it is white.
+        # As woven: a band across and a band down are half paint each, where they cross it is all paint.
         bands = Image.new("L", cloth.size, 0)
         weave = ImageDraw.Draw(bands)
         for step in steps:
@@ -145,7 +169,7 @@ def _cloth(base: Colour, pattern: str, start: np.ndarray) -> Image.Image:
             for crossing in steps:
                 top = first_y + crossing * period
                 weave.rectangle((left, top, right, top + 0.25 * period), fill=255)
-        cloth.paste(_WHITE, mask=bands)
+        cloth.paste(paint, mask=bands)
     return cloth
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mllm_srec.data.drawing import COLOURS, KINDS, PATTERNS, draw
+from mllm_srec.data.drawing import COLOURS, KINDS, PATTERNS, draw, in_shop
 from mllm_srec.errors import UsageError
 from mllm_srec.progress import Bar
 
@@ -216,11 +216,12 @@ def _make_items(count: int, generator: np.random.Generator) -> list[_Item]:
     """Kinds in equal parts; each kind has all colours before one comes twice, and never a combination twice."""
     order: list[tuple[str, str, str]] = []
     shuffled = {kind: (generator.permutation(COLOURS), generator.permutation(PATTERNS)) for kind in KINDS}
-    for turn in range(len(COLOURS) * len(PATTERNS)):
+    for turn in range(2 * len(COLOURS)):
         for kind, (colours, patterns) in shuffled.items():
-            # The pattern moves on once more per round of colours, so that all pairs are met.
-            pattern = patterns[(turn + turn // len(COLOURS)) % len(PATTERNS)]
-            order.append((kind, str(colours[turn % len(COLOURS)]), str(pattern)))
+            colour = str(colours[turn % len(COLOURS)])
+            own = [str(pattern) for pattern in patterns if in_shop(kind, colour, pattern)]
+            # The other pattern comes in the second round of colours, so that all are met.
+            order.append((kind, colour, own[(turn + turn // len(COLOURS)) % 2]))
     combinations = order[:count]
     items: list[_Item] = []
     titles: set[str] = set()
