@@ -1,13 +1,13 @@
 """The configuration: what is written is read back, and what nobody knows is refused where it stands."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllm_srec.config import PRESETS, Config, build_config, dump_config, load_config, read_yaml
+from mllm_srec.config import PRESETS, Config, Questions, build_config, dump_config, load_config, read_yaml
 from mllm_srec.errors import UsageError
 
 SECTIONS = [name for name, field in Config.model_fields.items() if hasattr(field.annotation, "model_fields")]
@@ -66,10 +66,20 @@ def test_the_default_is_the_embedded_model_at_its_small_size() -> None:
 def test_a_preset_changes_its_keys_and_no_others() -> None:
     config = load_config(preset="gpu")
     assert config.model.name == "Qwen/Qwen3-VL-2B-Instruct"
-    assert config.items.questions == ("kind", "colours", "pattern", "style")
+    assert config.items.questions == get_args(Questions)
     assert (config.users.last, config.users.step, config.users.window) == (50, 5, 10)
     assert config.data == Config().data
     assert config.evaluation == Config().evaluation
+
+
+def test_a_server_writes_and_is_not_trained() -> None:
+    config = load_config(
+        preset="server", overrides=("model.name=llava", "model.server=https://gpu.example:8443/llm/v1")
+    )
+    assert (config.model.server, config.model.name) == ("https://gpu.example:8443/llm/v1", "llava")
+    assert (config.items.fusion, config.users.summary, config.training.rows) == ("generate", "generate", 0)
+    assert (config.model.concurrency, config.model.timeout, config.model.api_key_variable) == (8, 120, "")
+    assert load_config().model.server == ""
 
 
 def test_later_sources_win_key_by_key(tmp_path: Path) -> None:
@@ -155,6 +165,13 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         ("model", "dtype", "int4", "float32"),
         ("model", "batch_size", 0, 1),
         ("model", "name", 7, "seven"),
+        ("model", "server", "localhost:8000", "http://localhost:8000"),
+        ("model", "server", "http://", "https://host"),
+        ("model", "server", "ftp://host", "http://host/v1"),
+        ("model", "server", "http://host?x=1", "http://[::1]:80"),
+        ("model", "concurrency", 0, 1),
+        ("model", "timeout", 0, 0.1),
+        ("model", "timeout", float("inf"), 1),
         ("items", "questions", ["kind", "smell"], ["style"]),
         ("items", "fusion", "melt", "generate"),
         ("retrieval", "candidates", 1, 2),
@@ -175,6 +192,19 @@ def test_a_wrong_type_or_range_is_refused_with_the_place(section: str, key: str,
     build_config({section: {key: good}})
     with pytest.raises(UsageError, match=rf"'{section}(\.{key}(\.\d)?)?': .*\(got "):
         build_config({section: {key: bad}})
+
+
+@pytest.mark.parametrize(
+    ("key", "secret"),
+    [("server", "http://me:hunter2@host:8000"), ("api_key_variable", "sk-hunter2"), ("api_key_variable", "$hunter2")],
+)
+def test_a_secret_in_the_configuration_is_refused_and_not_repeated(key: str, secret: str) -> None:
+    with pytest.raises(
+        UsageError, match=rf"'model\.{key}' (holds a user or a password|should be the name of)"
+    ) as error:
+        load_config(overrides=(f"model.{key}={secret}",))
+    assert "hunter2" not in str(error.value)
+    assert build_config({"model": {"api_key_variable": "SERVER_KEY_2"}}).model.api_key_variable == "SERVER_KEY_2"
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, "x", None])

@@ -59,7 +59,7 @@ def stand_still_at(owner, name):
 
 stand_still_at(
     *{
-        "describe": (items, "_read_pictures"),
+        "describe": (items, "_look"),
         "comprehend": (users, "summarise"),
         "train": (tuning, "row_loss"),
         "checkpoint": (Trainer, "_save_optimizer_and_scheduler"),

@@ -3,12 +3,13 @@
 Unknown keys are refused with the nearest known name. Presets are dictionaries laid over the defaults.
 """
 
+import re
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mllm_srec.errors import UsageError
 
@@ -34,26 +35,64 @@ class ModelConfig(_Section):
     """Which multimodal LLM, and how it runs."""
 
     name: str = "embedded"
-    """`embedded`, a Hugging Face name, or a folder in transformers' format."""
+    """`embedded`, a Hugging Face name, or a folder in transformers' format; with `server` the name it serves."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     device: str = "auto"
     batch_size: int = Field(32, ge=1)
     """Prompts generated together."""
+    server: str = ""
+    """Address of an OpenAI-compatible server (vLLM, SGLang, llama.cpp), as "http://host:8000"; empty: no server."""
+    api_key_variable: str = ""
+    """Name of the environment variable that holds the server's key, never the key itself."""
+    concurrency: int = Field(8, ge=1)
+    """Requests to the server at a time."""
+    timeout: float = Field(120, gt=0, allow_inf_nan=False)
+    """Seconds without a sign of the server before a request is tried again."""
+
+    @field_validator("server")
+    @classmethod
+    def _address(cls, server: str) -> str:
+        if "@" in server:  # a UsageError goes past the report that would show the value
+            raise UsageError(
+                "'model.server' holds a user or a password: put a key's variable into model.api_key_variable"
+            )
+        if server and not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", server):
+            raise ValueError("should be an address like http://host:8000")
+        return server
+
+    @field_validator("api_key_variable")
+    @classmethod
+    def _variable(cls, name: str) -> str:
+        if name and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):  # it may be the key: the value is not shown
+            raise UsageError(
+                "'model.api_key_variable' should be the name of an environment variable, not the key itself"
+            )
+        return name
+
+
+Questions = Literal[
+    "kind", "scene", "colour", "pattern", "material", "style", "whom", "setting", "mood", "package", "text"
+]
 
 
 class ItemsConfig(_Section):
     """Stage 1, item understanding."""
 
-    questions: tuple[Literal["kind", "colours", "pattern", "style"], ...] = ("kind",)
-    """Asked about every picture; a small model answers the first, a larger one all."""
+    domain: Literal["auto", "general", "goods", "fashion", "films", "food"] = "auto"
+    """Which questions are worth asking about a picture; `auto`: as the item's category says."""
+    questions: tuple[Questions, ...] = ("kind", "scene", "colour", "pattern")
+    """Asked where the domain has them; the embedded model learnt to answer the default ones, larger ones answer all."""
     fusion: Literal["compose", "generate"] = "compose"
     """`compose`: the item's own words and what was seen; `generate`: the model writes, checked for invention."""
     text_words: int = Field(60, ge=5)
     """Words of an item's own description that enter the fusion prompt."""
-    answer_tokens: int = Field(6, ge=1)
-    """New tokens per visual question."""
+    answer_tokens: int = Field(8, ge=1, le=20)
+    """New tokens per visual question that is answered in the model's own words; there are at most two."""
     description_tokens: int = Field(40, ge=8)
     """New tokens of the fused description."""
+    embedding: Literal["text", "description", "model"] = "text"
+    """What content retrieval compares. `text`: sentence vectors of the item's own text; `description`: of text and what
+    the picture showed; `model`: the multimodal model's own vectors of picture and text."""
 
 
 class UsersConfig(_Section):
@@ -127,14 +166,22 @@ class Config(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()
 
 
+_ALL_QUESTIONS = list(get_args(Questions))
+
 PRESETS: dict[str, dict[str, Any]] = {
     "embedded": {},
     "gpu": {
         "model": {"name": "Qwen/Qwen3-VL-2B-Instruct", "batch_size": 128},
-        "items": {"questions": ["kind", "colours", "pattern", "style"], "fusion": "generate", "answer_tokens": 16},
+        "items": {"questions": _ALL_QUESTIONS, "fusion": "generate", "answer_tokens": 16},
         "users": {"last": 50, "step": 5, "summary": "generate"},
         "retrieval": {"candidates": 100},
         "training": {"rows": 20000, "learning_rate": 2e-4, "top_layers": 1000},
+    },
+    "server": {
+        "model": {"server": "http://localhost:8000", "name": "Qwen/Qwen3-VL-2B-Instruct", "batch_size": 64},
+        "items": {"questions": _ALL_QUESTIONS, "fusion": "generate", "answer_tokens": 16},
+        "users": {"summary": "generate"},
+        "training": {"rows": 0},
     },
 }
 

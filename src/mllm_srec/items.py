@@ -1,58 +1,56 @@
-"""Stage 1, item understanding: picture -> answers -> visual summary, + text -> description; and the catalogue's facts.
+"""Stage 1, item understanding: picture -> answers -> visual summary, + text -> description and facts; the catalogue.
 
 `describe` asks the model and stores one row per item; `Catalogue` is what the later stages read.
 """
 
-import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from mllm_srec.config import ItemsConfig
-from mllm_srec.errors import ModelError, StoreError
-from mllm_srec.mllm.base import Mllm, Picture, Prompt
+from mllm_srec.data.text import clean
+from mllm_srec.errors import StoreError
+from mllm_srec.facts import Fact, category_facts, keyword_facts, merge, said_in, unsupported_words
+from mllm_srec.looking import Look, Looker
+from mllm_srec.mllm.base import Mllm, PartialFailure, Picture, Prompt
 from mllm_srec.mllm.text_encoder import TextEncoder
+from mllm_srec.progress import say
 from mllm_srec.prompts import items as prompts
 from mllm_srec.prompts import ranking as ranking_prompts
+from mllm_srec.vocabulary import words
 from mllm_srec.workspace import Counts, Job, Table, Workspace, fingerprint
+
+FACTS = pa.list_(
+    pa.struct(
+        [("attribute", pa.string()), ("value", pa.string()), ("origin", pa.string()), ("contradicted", pa.bool_())]
+    )
+)
 
 ITEM_TEXTS = Table(
     "item_texts",
     pa.schema(
-        [("visual", pa.string()), ("description", pa.string()), ("fused_by", pa.string()), ("picture", pa.string())]
+        [
+            ("visual", pa.string()),
+            ("description", pa.string()),
+            ("fused_by", pa.string()),
+            ("facts", FACTS),
+            ("picture", pa.string()),
+            ("cleaned", pa.string()),
+        ]
     ),
 )
+"""`picture`: its state; `cleaned`: what was taken out of the item's own text (`data.text.REMOVALS`)."""
 
 EMBEDDINGS = Table("item_embeddings", pa.schema([("vector", pa.list_(pa.float32()))]))
 
-MIN_EVIDENCE, MIN_LOGLIK = 2.5, -2.0
-"""Nats per token: by how much the picture must make an answer likelier than no picture does, and how likely it must be
-then; else it was not seen. Set phrases gain less than 2, what is seen more than 3; what gains much from nearly nothing
-is no word at all."""
+RULES = "1"
+"""Raised when the rules of looking or fusing change, so that rows made by the old ones are made again."""
 
 CANDIDATE_WORDS = 20
 """Words of an item's own text in a composed description."""
-
-_BREAK = re.compile(r"[.,;:\n!?()]|\b(?:who|which|that|with|from)\b")
-_DANGLING = frozenset(("a", "an", "and", "in", "is", "it", "its", "of", "on", "or", "the", "this", "to", "was"))
-
-_WORD = re.compile(r"[^\W\d_](?:[^\W\d_]|['-]){2,}")
-_FUNCTION_WORDS = frozenset(
-    re.findall(
-        r"\w+",
-        "the and for with from that this are was were has have had its his her their they them who which "
-        "will not but can all one two out into when where what than then over under about after before "
-        "between been being more most other only also very you your our any each both such while there "
-        "here how why she him himself herself must does did get gets make makes made use used model size "
-        "fit some own just new old one first last day days year years time times way back still again "
-        "take takes find finds found come comes become becomes goes going gone keep keeps left right let "
-        "against through because during without within around along across off down away yet even much many "
-        "few several every another same like well good great los san mrs",
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,8 @@ class Item:
     category: str
     picture_sha256: str | None
     picture_state: str
+    cleaned: str = ""
+    """What `data.text.clean` took out of title, description and category, comma-separated."""
 
 
 def first_words(text: str, count: int) -> str:
@@ -77,156 +77,158 @@ def first_words(text: str, count: int) -> str:
     return cut[: end + 1] if end >= len(cut) // 2 else f"{cut.rstrip(',;:')} ..."
 
 
-def clean_answer(text: str) -> str:
-    """What an answer names, in lower case: up to its first break or clause, without a dangling word at the end."""
-    words = _BREAK.split(text.strip().lower(), maxsplit=1)[0].split()
-    while words and words[-1] in _DANGLING:
-        words.pop()
-    return " ".join(words)
+def domain_of(category: str) -> str:
+    """The domain of `prompts.DOMAINS` that a category path speaks of; "general" if none."""
+    said = words(category)
+    return next((name for name, known in prompts.DOMAIN_WORDS.items() if any(w in known for w in said)), "general")
 
 
-def unsupported_words(text: str, *sources: str) -> list[str]:
-    """Content words of `text` (4 letters and more) that no source holds, compared by their first 5 letters."""
-    known = {word[:5] for source in sources for word in _WORD.findall(source.lower())}
-    content = [word for word in _WORD.findall(text.lower()) if len(word) >= 4 and word not in _FUNCTION_WORDS]
-    return [word for word in content if word[:5] not in known]
+def _questions(item: Item, config: ItemsConfig) -> tuple[str, ...]:
+    domain = domain_of(item.category) if config.domain == "auto" else config.domain
+    return tuple(name for name in prompts.DOMAINS[domain] if name in config.questions)
 
 
-def check_finite(values: np.ndarray, what: str) -> np.ndarray:
-    """`values` as they are.
-
-    Raises:
-        ModelError: one of them is NaN or infinite, so that comparing it would silently decide something.
-    """
-    if not np.isfinite(values).all():
-        raise ModelError(f"the model gave {what} that are not finite: try model.dtype=float32")
-    return values
-
-
-def _read_pictures(
-    mllm: Mllm, items: Sequence[Item], pictures: Sequence[Picture | None], config: ItemsConfig
-) -> list[str]:
-    """The visual summary of each item: the answers that the picture itself made likelier; "" without a picture."""
-    seen: list[list[str]] = [[] for _ in items]
-    with_picture = [i for i, picture in enumerate(pictures) if picture is not None]
-    for name in config.questions:
-        if not with_picture:
-            break
-        question = prompts.QUESTIONS[name]
-        parts = [(prompts.PICTURE, pictures[i], prompts.ask(question.ask)) for i in with_picture]
-        looking = [Prompt(tuple(p for p in part if p is not None), answer=question.answer) for part in parts]
-        blind = Prompt((prompts.NO_PICTURE + prompts.ask(question.ask),), answer=question.answer)
-        answers = [clean_answer(text) for text in mllm.generate(looking, config.answer_tokens)]
-        said = [(i, prompt, answer) for i, prompt, answer in zip(with_picture, looking, answers, strict=True) if answer]
-        if not said:
-            continue
-        looked = mllm.loglik([prompt for _, prompt, _ in said], [f" {answer}" for _, _, answer in said])
-        distinct = sorted({answer for _, _, answer in said})
-        without = mllm.loglik([blind] * len(distinct), [f" {answer}" for answer in distinct])
-        unseen = dict(zip(distinct, check_finite(without, "likelihoods of answers without a picture"), strict=True))
-        for (i, _, answer), likelihood in zip(said, check_finite(looked, "likelihoods of answers"), strict=True):
-            evident = likelihood >= MIN_LOGLIK and likelihood - unseen[answer] >= MIN_EVIDENCE
-            if evident and answer not in seen[i]:
-                seen[i].append(answer)
-    return [", ".join(answers) for answers in seen]
+def _look(looker: Looker, workspace: Workspace, items: Sequence[Item], config: ItemsConfig) -> list[Look]:
+    """What was seen of each item; items with the same questions are asked together."""
+    looks = [Look() for _ in items]
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for at, item in enumerate(items):
+        if item.picture_sha256:
+            groups.setdefault(_questions(item, config), []).append(at)
+    for names, members in groups.items():
+        hashes = [str(items[at].picture_sha256) for at in members]
+        pictures = [Picture(sha256, workspace.picture(sha256)) for sha256 in hashes]
+        for at, look in zip(members, looker.look(pictures, names), strict=True):
+            looks[at] = look
+    return looks
 
 
-def _fuse(mllm: Mllm, items: Sequence[Item], visuals: Sequence[str], config: ItemsConfig) -> list[tuple[str, str]]:
-    """(description, made by "model" or "rule") per item; a model's sentence with invented words is not kept."""
+def _visual(seen: dict[str, str], facts: Sequence[Fact]) -> str:
+    """The visual summary. Identity comes from the text: a kind that the text contradicts is no part of it."""
+    wrong = {fact.attribute for fact in facts if fact.contradicted and fact.attribute == "kind"}
+    return prompts.summary({name: answer for name, answer in seen.items() if name not in wrong})
+
+
+@dataclass(frozen=True)
+class _Fused:
+    description: str
+    by: str
+    error: str = ""
+
+
+def _fuse(mllm: Mllm, items: Sequence[Item], visuals: Sequence[str], config: ItemsConfig) -> list[_Fused]:
+    """The description per item, made by "model" or "rule"; a model's sentence with invented words is not kept."""
     texts = [first_words(item.description, CANDIDATE_WORDS) for item in items]
     composed = [prompts.compose(text, visual) for text, visual in zip(texts, visuals, strict=True)]
     if config.fusion == "compose":
-        return [(description, "rule") for description in composed]
+        return [_Fused(description, "rule") for description in composed]
     given = [
         prompts.fuse(item.title, item.category, first_words(item.description, config.text_words), visual)
         if item.title or item.category or item.description or visual
         else ""  # with nothing to go by, whatever the model writes is invented
         for item, visual in zip(items, visuals, strict=True)
     ]
-    asked = [Prompt((text,), system=prompts.FUSE_SYSTEM) for text in given if text]
-    written = iter(mllm.generate(asked, config.description_tokens) if asked else [])
+    asked = [at for at, text in enumerate(given) if text]
+    errors: dict[int, str] = {}
+    try:
+        told = mllm.generate(
+            [Prompt((given[at],), system=prompts.FUSE_SYSTEM) for at in asked], config.description_tokens
+        )
+    except PartialFailure as failure:
+        told, errors = failure.results, {asked[row]: reason for row, reason in failure.errors.items()}
+    written = {at: " ".join((text or "").split()) for at, text in zip(asked, told, strict=True)}
     fused = []
-    for item, visual, rule, text in zip(items, visuals, composed, given, strict=True):
-        sentence = " ".join(next(written).split()) if text else ""
+    for at, (item, visual, rule) in enumerate(zip(items, visuals, composed, strict=True)):
+        sentence = written.get(at, "")
         invented = unsupported_words(sentence, item.title, item.category, item.description, visual)
-        fused.append((sentence, "model") if sentence and not invented else (rule, "rule"))
+        kept = sentence and not invented
+        fused.append(_Fused(sentence if kept else rule, "model" if kept else "rule", errors.get(at, "")))
     return fused
 
 
 def describe(workspace: Workspace, mllm: Mllm) -> Counts:
-    """Make or renew `item_texts`: one row per item, `skipped` where an item has neither text nor a usable picture."""
+    """Make or renew `item_texts`: one row per item.
+
+    `skipped` where an item has neither text nor a usable picture, `error` where the model failed on this item.
+    """
     config = workspace.config.items
-    settings = config.model_dump_json()
+    settings = config.model_dump_json(exclude={"embedding"})
     jobs = []
     for item in load_items(workspace):
-        made_of = (item.title, item.description, item.category, item.picture_sha256, item.picture_state)
-        mark = fingerprint(*made_of, prompts.VERSION, mllm.identity, settings)
+        made_of = (item.title, item.description, item.category, item.picture_sha256, item.picture_state, item.cleaned)
+        mark = fingerprint(*made_of, RULES, prompts.VERSION, mllm.identity, settings)
         jobs.append(Job(item.item_id, mark, item))
+    looker = Looker(mllm, config.answer_tokens)
 
     def compute(batch: list[Job]) -> list[dict[str, object]]:
         items: list[Item] = [job.payload for job in batch]
-        pictures = [
-            Picture(item.picture_sha256, workspace.picture(item.picture_sha256)) if item.picture_sha256 else None
-            for item in items
+        looks = _look(looker, workspace, items, config)
+        facts = [
+            merge(look.seen, said_in(item.title, item.category, item.description), _questions(item, config))
+            for item, look in zip(items, looks, strict=True)
         ]
-        visuals = _read_pictures(mllm, items, pictures, config)
-        rows: list[dict[str, object]] = []
-        for item, visual, (description, by) in zip(items, visuals, _fuse(mllm, items, visuals, config), strict=True):
-            empty = not (item.title or item.category or description)
-            looked = "nothing seen in the picture" if item.picture_state == "ok" else f"picture {item.picture_state}"
-            rows.append(
-                {
-                    "status": "skipped" if empty else "ok",
-                    "reason": f"no text, {looked}" if empty else "",
-                    "visual": visual,
-                    "description": description,
-                    "fused_by": by,
-                    "picture": item.picture_state,
-                }
-            )
-        return rows
+        visuals = [_visual(look.seen, known) for look, known in zip(looks, facts, strict=True)]
+        fused = _fuse(mllm, items, visuals, config)
+        return [_row(*of_item) for of_item in zip(items, looks, facts, visuals, fused, strict=True)]
 
-    return workspace.produce(ITEM_TEXTS, jobs, compute, batch=workspace.config.model.batch_size, label="describe")
+    counts = workspace.produce(ITEM_TEXTS, jobs, compute, batch=workspace.config.model.batch_size, label="describe")
+    if counts.made:
+        _report(workspace)
+    return counts
+
+
+def _row(item: Item, look: Look, facts: Sequence[Fact], visual: str, fused: _Fused) -> dict[str, object]:
+    reason = look.error or fused.error
+    status = "error" if reason else "ok"
+    if not reason and not (item.title or item.category or fused.description):
+        looked = "nothing seen in the picture" if item.picture_state == "ok" else f"picture {item.picture_state}"
+        status, reason = "skipped", f"no text, {looked}"
+    return {
+        "status": status,
+        "reason": reason,
+        "visual": visual,
+        "description": fused.description,
+        "fused_by": fused.by,
+        "facts": [asdict(fact) for fact in facts],
+        "picture": item.picture_state,
+        "cleaned": item.cleaned,
+    }
+
+
+def _report(workspace: Workspace) -> None:
+    """Say what a reader of the descriptions should know of all of them."""
+    rows = workspace.rows(ITEM_TEXTS).to_dicts()
+    against = sum(any(fact["contradicted"] for fact in row["facts"]) for row in rows)
+    cleaned = Counter(kind for row in rows for kind in row["cleaned"].split(", ") if kind)
+    say(f"describe: picture and text contradict each other in {against:,} of {len(rows):,} items")
+    if cleaned:
+        say("describe: taken out of texts: " + ", ".join(f"{kind} ({n:,} items)" for kind, n in cleaned.most_common()))
 
 
 def load_items(workspace: Workspace) -> list[Item]:
-    """The catalogue's rows with their picture's hash and state, in the dataset's order.
+    """The catalogue's rows, their texts cleaned, with their picture's hash and state, in the dataset's order.
 
     Titles and categories come in one line with single spaces: an item is one line of a prompt.
     """
     states = {row["item_id"]: row for row in workspace.pictures().to_dicts()}
-    return [
-        Item(
-            row["item_id"],
-            " ".join(row["title"].split()),
-            row["description"],
-            " ".join(row["category"].split()),
-            states[row["item_id"]]["sha256"] if states[row["item_id"]]["state"] == "ok" else None,
-            states[row["item_id"]]["state"],
+    items = []
+    for row in workspace.dataset().items.iter_rows(named=True):
+        (title, a), (description, b), (category, c) = (
+            clean(row[name]) for name in ("title", "description", "category")
         )
-        for row in workspace.dataset().items.iter_rows(named=True)
-    ]
-
-
-def category_facts(category: str) -> list[str]:
-    """The parts of a category path, lower case, each once: "Animation, Comedy" -> ["animation", "comedy"]."""
-    parts = [part.strip().lower() for part in re.split(r"[,|>/;]", category)]
-    return list(dict.fromkeys(part for part in parts if len(part) > 1))
-
-
-def keyword_facts(texts: Sequence[str], limit: int = 6) -> list[list[str]]:
-    """Words that say something about an item: per text at most `limit`, the commonest first.
-
-    A word counts when at least 3 and 0.3 % and at most a fifth of the catalogue's texts hold it: rarer ones are shared
-    by too few items to show a taste, commoner ones tell nothing.
-    """
-    words = [[w for w in dict.fromkeys(_WORD.findall(text.lower())) if w not in _FUNCTION_WORDS] for text in texts]
-    frequency = Counter(word for of_item in words for word in of_item)
-    low, high = max(3, 0.003 * len(texts)), max(3, 0.2 * len(texts))
-    return [
-        sorted((w for w in of_item if low <= frequency[w] <= high), key=lambda w: (-frequency[w], w))[:limit]
-        for of_item in words
-    ]
+        state = states[row["item_id"]]
+        items.append(
+            Item(
+                row["item_id"],
+                " ".join(title.split()),
+                description,
+                " ".join(category.split()),
+                state["sha256"] if state["state"] == "ok" else None,
+                state["state"],
+                ", ".join(sorted({*a, *b, *c})),
+            )
+        )
+    return items
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,10 @@ class Catalogue:
     base_rate: dict[str, float]
     """Share of the catalogue's items that have a fact."""
     embedding_texts: list[str]
-    """What content retrieval embeds: "title. category. description", or the fused description where there is none."""
+    """What content retrieval embeds: "title. category. description", or the fused description where there is none or
+    where the configuration asks for both."""
+    pictures: list[str | None]
+    """Hash of the usable picture."""
 
     @classmethod
     def load(cls, workspace: Workspace) -> "Catalogue":
@@ -263,10 +268,17 @@ class Catalogue:
         words = keyword_facts([f"{i.title} {first_words(i.description, 30)}" for i in items])
         facts = []
         for item, row, of_text in zip(items, made, words, strict=True):
-            looks = [part.lower() for part in row["visual"].split(", ") if part]
-            facts.append(list(dict.fromkeys(category_facts(item.category) + of_text + looks)))
+            # Identity comes from the text: a kind that it contradicts is no fact of the item.
+            known = [
+                fact["value"]
+                for fact in row["facts"]
+                if not (fact["contradicted"] and fact["attribute"] == "kind" and fact["origin"] == "picture")
+            ]
+            facts.append(list(dict.fromkeys(category_facts(item.category) + of_text + [k.lower() for k in known])))
         count = Counter(fact for of_item in facts for fact in of_item)
         full = [". ".join(p for p in (i.title, i.category, i.description) if p) for i in items]
+        both = workspace.config.items.embedding == "description"
+        seen = [prompts.seen(row["visual"]) if both else "" for row in made]
         return cls(
             ids=[item.item_id for item in items],
             lines=[ranking_prompts.line(i.title, i.category) for i in items],
@@ -276,7 +288,11 @@ class Catalogue:
             ],
             facts=facts,
             base_rate={fact: n / len(items) for fact, n in count.items()},
-            embedding_texts=[text or row["description"] for text, row in zip(full, made, strict=True)],
+            embedding_texts=[
+                (f"{text.rstrip('. ')}. {more}" if text and more else text or more) or row["description"]
+                for text, more, row in zip(full, seen, made, strict=True)
+            ],
+            pictures=[item.picture_sha256 for item in items],
         )
 
 
@@ -291,6 +307,25 @@ def embed(workspace: Workspace, encoder: TextEncoder, catalogue: Catalogue) -> n
         return [{"status": "ok", "reason": "", "vector": v} for v in encoder.encode([job.payload for job in batch])]
 
     workspace.produce(EMBEDDINGS, jobs, compute, batch=256, label="retrieve: embeddings")
+    return load_embeddings(workspace, catalogue)
+
+
+def embed_fused(workspace: Workspace, mllm: Mllm, catalogue: Catalogue) -> np.ndarray:
+    """float32 (I, D), L2-normalised: the multimodal model's vectors of picture and text together, stored and reused."""
+    jobs = [
+        Job(item_id, fingerprint(text, sha256, prompts.VERSION, mllm.identity), (text, sha256))
+        for item_id, text, sha256 in zip(catalogue.ids, catalogue.embedding_texts, catalogue.pictures, strict=True)
+    ]
+
+    def compute(batch: list[Job]) -> list[dict[str, object]]:
+        asked = []
+        for text, sha256 in (job.payload for job in batch):
+            picture = (prompts.PICTURE, Picture(sha256, workspace.picture(sha256))) if sha256 else ()
+            asked.append(Prompt((*picture, prompts.represent(text, bool(sha256)))))
+        return [{"status": "ok", "reason": "", "vector": vector} for vector in mllm.embed(asked)]
+
+    batch = workspace.config.model.batch_size
+    workspace.produce(EMBEDDINGS, jobs, compute, batch=batch, label="retrieve: embeddings")
     return load_embeddings(workspace, catalogue)
 
 

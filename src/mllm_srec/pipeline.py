@@ -17,8 +17,9 @@ from mllm_srec.data.dataset import Dataset, Histories
 from mllm_srec.data.split import Split, Targets, global_time, leave_last_out
 from mllm_srec.errors import DataError, StoreError
 from mllm_srec.evaluation import protocol
-from mllm_srec.mllm.load import load_mllm
+from mllm_srec.mllm.load import load_mllm, trainable
 from mllm_srec.mllm.local import LocalMllm
+from mllm_srec.mllm.remote import RemoteMllm
 from mllm_srec.mllm.text_encoder import TextEncoder
 from mllm_srec.progress import say
 from mllm_srec.recommender import ADAPTER, CHOICES, RUN, Choices, attach_adapter
@@ -65,9 +66,14 @@ class Pipeline:
         self.chosen = self._choose()
 
     @cached_property
-    def mllm(self) -> LocalMllm:
-        """The model, loaded at first use."""
-        return load_mllm(self.config.model)
+    def mllm(self) -> LocalMllm | RemoteMllm:
+        """The model, loaded at first use.
+
+        Raises:
+            ModelError: it is behind a server and the configuration wants to train it.
+        """
+        mllm = load_mllm(self.config.model)
+        return trainable(mllm) if self.config.training.rows else mllm
 
     @cached_property
     def catalogue(self) -> items.Catalogue:
@@ -76,7 +82,9 @@ class Pipeline:
 
     @cached_property
     def embeddings(self) -> np.ndarray:
-        """float32 (I, D): the items' text embeddings."""
+        """float32 (I, D): the items' embeddings."""
+        if self.config.items.embedding == "model":
+            return items.embed_fused(self.workspace, self.mllm, self.catalogue)
         return items.embed(self.workspace, TextEncoder(), self.catalogue)
 
     def describe(self) -> None:
@@ -113,7 +121,7 @@ class Pipeline:
         """Stage 3: LoRA on packed rows; nothing with training.rows=0 or without training targets."""
         records = self._records()
         if records:
-            tuning.train(self.mllm, records, self.config, self.workspace.run(RUN) / ADAPTER)
+            tuning.train(trainable(self.mllm), records, self.config, self.workspace.run(RUN) / ADAPTER)
 
     def evaluate(self) -> dict[str, Any]:
         """Choose the fusion on validation, refit, and look at the test once; returns what metrics.json holds.
@@ -124,7 +132,7 @@ class Pipeline:
         folder = self.workspace.run(RUN)
         self.mllm.drop_adapter()
         records = self._records()
-        if records and tuning.made_of(folder / ADAPTER) != tuning.mark(self.mllm, records, self.config):
+        if records and tuning.made_of(folder / ADAPTER) != tuning.mark(trainable(self.mllm), records, self.config):
             raise StoreError(
                 f"{folder / ADAPTER} is missing or was trained on other rows, weights or settings: run "
                 "`mllm-srec train WS` first, or rank without fine-tuning by --set training.rows=0"

@@ -15,8 +15,9 @@ import pyarrow as pa
 
 from mllm_srec import metrics
 from mllm_srec.errors import ModelError
-from mllm_srec.items import Catalogue, check_finite, unsupported_words
-from mllm_srec.mllm.base import Mllm, Request
+from mllm_srec.facts import unsupported_words
+from mllm_srec.items import Catalogue
+from mllm_srec.mllm.base import Mllm, Request, check_finite
 from mllm_srec.prompts import ranking as prompts
 from mllm_srec.records import (
     Evidence,

@@ -11,8 +11,9 @@ import numpy as np
 from mllm_srec.config import Config
 from mllm_srec.errors import StoreError, UsageError
 from mllm_srec.items import Catalogue, load_embeddings
-from mllm_srec.mllm.load import load_mllm
+from mllm_srec.mllm.load import load_mllm, trainable
 from mllm_srec.mllm.local import LocalMllm
+from mllm_srec.mllm.remote import RemoteMllm
 from mllm_srec.ranking import Candidates, Fusion, Reason, check_scores, explain, fuse, stored_priors
 from mllm_srec.records import ranking_request
 from mllm_srec.retrieval import Retriever
@@ -51,7 +52,7 @@ class Choices:
         return json.dumps({"content_weight": self.content_weight, "fusion": asdict(self.fusion)}, indent=2)
 
 
-def attach_adapter(mllm: LocalMllm, run: Path, config: Config) -> None:
+def attach_adapter(mllm: LocalMllm | RemoteMllm, run: Path, config: Config) -> None:
     """Put the adapter trained in folder `run` on the model; none with `training.rows` 0 or where none was trained.
 
     Raises:
@@ -61,7 +62,7 @@ def attach_adapter(mllm: LocalMllm, run: Path, config: Config) -> None:
     if config.training.rows and (run / ADAPTER / "manifest.json").exists():
         if read_manifest(run / ADAPTER)["model"] != mllm.identity:
             raise StoreError(f"{run / ADAPTER} was trained on another model: run `mllm-srec train WS` again")
-        mllm.load_adapter(run / ADAPTER)
+        trainable(mllm).load_adapter(run / ADAPTER)
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Recommender:
         >>> recommender.recommend(history=["i3", "i9"], k=5)         # doctest: +SKIP
     """
 
-    def __init__(self, workspace: Workspace, mllm: LocalMllm | None = None) -> None:
+    def __init__(self, workspace: Workspace, mllm: LocalMllm | RemoteMllm | None = None) -> None:
         """Load data, choices, retriever (fitted on every event) and, unless given, the model with the run's adapter.
 
         Raises:

@@ -16,8 +16,9 @@ import pyarrow as pa
 from mllm_srec.config import UsersConfig
 from mllm_srec.data.dataset import Histories
 from mllm_srec.errors import StoreError
-from mllm_srec.items import Catalogue, check_finite, unsupported_words
-from mllm_srec.mllm.base import Mllm, Prompt, Request
+from mllm_srec.facts import unsupported_words
+from mllm_srec.items import Catalogue
+from mllm_srec.mllm.base import Mllm, Prompt, Request, check_finite
 from mllm_srec.prompts import users as prompts
 from mllm_srec.workspace import Job, Table, Workspace, fingerprint
 

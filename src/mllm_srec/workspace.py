@@ -49,7 +49,7 @@ __all__ = [
 RUNS, LOCK, WRITER = "runs", ".lock", ".writer"
 
 COMMIT_ROWS = 256
-COMMIT_SECONDS = 30.0
+COMMIT_SECONDS = 2.0
 KEEP_VERSIONS = timedelta(minutes=5)
 """Older versions of a table are dropped; a reader, which takes no lock, is done with one in seconds."""
 

@@ -3,9 +3,11 @@
 import ast
 import hashlib
 import importlib
+import itertools
 import pkgutil
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import example, given
@@ -13,7 +15,9 @@ from hypothesis import strategies as st
 
 import mllm_srec
 from mllm_srec import prompts
-from mllm_srec.prompts import items, ranking, users
+from mllm_srec.config import ItemsConfig, Questions
+from mllm_srec.prompts import items, ranking, server, users
+from mllm_srec.vocabulary import words
 
 NAMES = [module.name for module in pkgutil.iter_modules(prompts.__path__)]
 
@@ -33,7 +37,12 @@ def check(text: str, *parts: str) -> None:
         assert part.rstrip(". ") in text
 
 
-PRINTED = {"items-2": "4322472ffabc20c9", "ranking-1": "9bdd1919dd4f195b", "users-1": "f12222dead9394b3"}
+PRINTED = {
+    "items-3": "833753c8fe413c93",
+    "ranking-1": "9bdd1919dd4f195b",
+    "server-1": "a4e2b36255d67e30",
+    "users-1": "f12222dead9394b3",
+}
 """Version -> hash of the module's text without the line of its version."""
 
 
@@ -52,7 +61,7 @@ def test_a_changed_text_raises_its_version(name: str) -> None:
 
 
 def test_every_module_has_a_version_of_its_own() -> None:
-    assert NAMES == ["items", "ranking", "users"]
+    assert NAMES == ["items", "ranking", "server", "users"]
     versions = [importlib.import_module(f"mllm_srec.prompts.{name}").VERSION for name in NAMES]
     assert len(set(versions)) == len(NAMES)
     for name, version in zip(NAMES, versions, strict=True):
@@ -101,6 +110,82 @@ def test_a_question_follows_the_picture_and_the_answer_has_begun(name: str) -> N
     check(items.NO_PICTURE + items.ask(question.ask))
     assert question.ask.endswith("?")
     assert question.answer and question.answer == question.answer.strip()  # the answer's own space follows
+    for option in (*question.options, "red shoe"):
+        space = "" if question.answer.endswith('"') else " "
+        check(question.answer + space + option)
+        check(question.say.format(option), option)
+
+
+@pytest.mark.parametrize("name", items.QUESTIONS)
+def test_no_option_is_the_beginning_of_another(name: str) -> None:
+    options = items.QUESTIONS[name].options
+    assert len(options) != 1
+    for one, other in itertools.permutations(options, 2):
+        assert not other.startswith(one)
+
+
+def test_only_what_an_item_is_or_shows_and_what_is_written_is_answered_in_own_words() -> None:
+    assert [name for name, question in items.QUESTIONS.items() if not question.options] == ["kind", "scene", "text"]
+    for names in items.DOMAINS.values():
+        assert sum(not items.QUESTIONS[name].options for name in names) <= 2
+
+
+def test_domains_are_made_of_the_questions_and_the_settings_know_both() -> None:
+    fields = ItemsConfig.model_fields
+    assert set(get_args(Questions)) == set(items.QUESTIONS)
+    assert get_args(fields["domain"].annotation) == ("auto", *items.DOMAINS)
+    for names in items.DOMAINS.values():
+        assert set(names) <= set(items.QUESTIONS)
+        assert len(set(names)) == len(names)
+        assert len({"kind", "scene"} & set(names)) == 1  # what the summary is built around
+        assert set(names) & set(fields["questions"].default)
+    assert {name for names in items.DOMAINS.values() for name in names} == set(items.QUESTIONS)
+
+
+def test_a_word_leads_to_one_domain() -> None:
+    assert set(items.DOMAIN_WORDS) == set(items.DOMAINS) - {"general"}
+    known = [word for of_domain in items.DOMAIN_WORDS.values() for word in of_domain]
+    assert len(set(known)) == len(known)
+    assert all(words(word) == [word] for word in known)  # as the words of a category are cut
+
+
+@pytest.mark.parametrize(
+    ("answers", "text"),
+    [
+        ({"kind": "t-shirt", "colour": "red", "pattern": "striped"}, "red striped t-shirt"),
+        ({"pattern": "striped", "colour": "red", "kind": "t-shirt"}, "red striped t-shirt"),
+        ({"kind": "red t-shirt", "colour": "red", "pattern": "plain"}, "plain red t-shirt"),
+        ({"kind": "coloured pencil", "colour": "red"}, "red coloured pencil"),  # "red" is no word of it
+        ({"colour": "red"}, "red"),
+        ({"scene": "man on a horse", "mood": "dark", "setting": "nature"}, "man on a horse, dark mood, set in nature"),
+        ({"kind": "hat", "material": "knit", "whom": "men"}, "hat, made of knit, for men"),
+        ({"kind": "hat", "style": "casual"}, "hat, casual style"),
+        ({"kind": "milk", "package": "in a carton", "text": "oat"}, 'milk, in a carton, with the words "oat"'),
+        ({"kind": "", "mood": "tense"}, "tense mood"),
+        ({"kind": "", "colour": ""}, ""),
+        ({}, ""),
+    ],
+)
+def test_a_visual_summary_by_hand(answers: dict[str, str], text: str) -> None:
+    assert items.summary(answers) == text
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={name: st.sampled_from(("", *(q.options or ("sun hat",)))) for name, q in items.QUESTIONS.items()},
+    )
+)
+def test_a_visual_summary_says_all_that_was_seen(answers: dict[str, str]) -> None:
+    made = items.summary(answers)
+    if answers.get("kind"):
+        answers.pop("scene", None)
+    seen = [answer for answer in answers.values() if answer]
+    if seen:
+        check(made, *seen)
+        assert not made.endswith((",", " "))
+    else:
+        assert made == ""
 
 
 # Users
@@ -209,3 +294,17 @@ def test_a_rationale_ends_with_the_answer(meets: list[str], like: list[str], cho
     assert made.endswith(". Yes" if chosen else ". No")
     check(ranking.together("a hat"), "a hat")
     check(ranking.similar("a hat"), "a hat")
+
+
+# Server
+
+
+@given(SOME, WORDS)
+def test_what_a_server_is_told_ends_the_question_in_a_line_of_its_own(options: list[str], answer: str) -> None:
+    for question in (items.ask("What is it?"), ranking.QUESTION):
+        asked = "x" + question + server.choose(options)
+        check(asked, *options)
+        assert asked.endswith(f"\nAnswer with one of: {', '.join(options)}.")
+        begun = "x" + question + server.begin(answer)
+        check(begun, answer)
+        assert begun.splitlines()[-1] == f"Begin your answer with: {answer}"
