@@ -71,7 +71,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """A conversion that only writes a file, in a cache of its own; the folders it was given."""
     made: list[Path] = []
 
-    def convert(folder: Path) -> None:
+    def convert(folder: Path, trained: bool) -> None:
         made.append(folder)
         (folder / "config.json").write_text("{}")
 
@@ -99,8 +99,19 @@ def test_another_version_is_converted_anew(stand_in: list[Path], monkeypatch: py
     assert len(folders) == len(stand_in) == 3
 
 
+def test_the_trained_weights_name_the_folder(
+    stand_in: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = {embedded.embedded_folder(), embedded.embedded_folder(trained=False)}
+    (tmp_path / "other.safetensors").write_bytes(b"other weights")
+    monkeypatch.setattr(embedded, "TRAINED", tmp_path / "other.safetensors")
+    folders.add(embedded.embedded_folder())
+    assert len(folders) == len(stand_in) == 3
+    assert embedded.embedded_folder(trained=False) in folders
+
+
 def test_a_failed_conversion_leaves_nothing_behind(stand_in: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(folder: Path) -> None:
+    def full(folder: Path, trained: bool) -> None:
         (folder / "half").write_text("")
         raise OSError("no space left")
 
@@ -116,7 +127,7 @@ CONVERT = """
 import sys, time
 from pathlib import Path
 from mllm_srec.mllm import embedded
-def convert(folder):
+def convert(folder, trained):
     with open(sys.argv[1], "a") as log:
         log.write("converted\\n")
     time.sleep(0.5)
@@ -170,7 +181,7 @@ def test_every_package_is_there() -> None:
 
 @pytest.mark.embedded
 def test_the_second_load_comes_from_the_cache(mllm: LocalMllm, monkeypatch: pytest.MonkeyPatch) -> None:
-    def again(folder: Path) -> None:
+    def again(folder: Path, trained: bool) -> None:
         raise AssertionError("converted again")
 
     monkeypatch.setattr(embedded, "_convert", again)
@@ -193,7 +204,7 @@ def test_a_prompt_is_smollms_chat(mllm: LocalMllm) -> None:
     )
     inputs = mllm.renderer.encode([text], [[drawing()]], "left")
     image = mllm.renderer.tokenizer.convert_tokens_to_ids(embedded.IMAGE_TOKEN)
-    assert int((inputs["input_ids"] == image).sum()) == 8
+    assert int((inputs["input_ids"] == image).sum()) == 10
     assert inputs["pixel_values"].shape == (1, 3, 224, 224)
     assert [mllm.renderer.tokenizer.decode([token]) for token in mllm.renderer.label_ids] == ["Yes", "No"]
 

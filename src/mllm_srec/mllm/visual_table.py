@@ -1,8 +1,8 @@
 """The architecture of the embedded model: a LLaVA whose projector is a visual embedding table, in the manner of Ovis.
 
-Image token j = softmax(classifier(picture)) @ T[:, j], where T[c, j] is the language model's own embedding of the j-th
-token of class c's name: the picture arrives as words the language model knows, without any training. `extra` holds as
-many trained tokens for what class names cannot say (a comma each until they are trained).
+A picture arrives as words that the language model knows: a classifier's shares of its classes mix the language model's
+own embeddings of the classes' names. Four classifiers speak so: the 1,000 kinds of ImageNet, which came with the vision
+tower, and three trained ones for goods, colours and patterns. Until they are trained their tokens are commas.
 """
 
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from efficientnet_lite_pytorch import EfficientNet
 from torch import nn
+from torch.nn import functional
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -22,10 +23,15 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 WORDS = 4
-"""Name tokens kept per class; as many extra tokens follow."""
-IMAGE_TOKENS = 2 * WORDS
+"""Name tokens kept per kind."""
+IMAGE_TOKENS = 2 * WORDS + 2
+"""Per picture: a kind of ImageNet, a kind of goods, a colour, a pattern."""
 CLASSES = 1000
+CELLS = 7
 FEATURES = 1280
+LOW_FEATURES = 3 + 3 + 24 + 24 + 40 + 112
+"""Per cell: mean and variance of red, green and blue and of block 2, means of blocks 4 and 10."""
+GOODS_HIDDEN, LOOKS_HIDDEN = 512, 128
 
 
 class LiteVisionConfig(PretrainedConfig):  # type: ignore[misc]
@@ -36,7 +42,7 @@ class LiteVisionConfig(PretrainedConfig):  # type: ignore[misc]
     def __init__(
         self,
         variant: str = "efficientnet-lite0",
-        hidden_size: int = FEATURES,
+        hidden_size: int = FEATURES + LOW_FEATURES,
         image_size: int = 224,
         patch_size: int = 32,
         **kwargs: Any,
@@ -60,33 +66,104 @@ class LiteVisionModel(PreTrainedModel):  # type: ignore[misc]
         pass
 
     def forward(self, pixel_values: torch.Tensor, **_: Any) -> BaseModelOutputWithPooling:
-        """(B, 3, 224, 224), scaled as (x - 127) / 128, -> features (B, 49, 1280)."""
-        grid = self.net.extract_features(pixel_values.to(self.dtype)).flatten(2).transpose(1, 2)
+        """(B, 3, 224, 224), scaled as (x - 127) / 128, -> features of 7 x 7 cells (B, 49, FEATURES + LOW_FEATURES)."""
+        # Convolutions of this kind run twice as fast with channels last.
+        pixels = pixel_values.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        low = [*_mean_and_variance(pixels)]
+        state = self.net._swish(self.net._bn0(self.net._conv_stem(pixels)))
+        for number, block in enumerate(self.net._blocks):
+            state = block(state)
+            if number == 2:
+                low += _mean_and_variance(state)
+            elif number in (4, 10):
+                low.append(_cells(state))
+        state = self.net._swish(self.net._bn1(self.net._conv_head(state)))
+        grid = torch.cat([state, *(part.to(state.dtype) for part in low)], 1).flatten(2).transpose(1, 2)
         return BaseModelOutputWithPooling(last_hidden_state=grid, pooler_output=grid.mean(1), hidden_states=(grid,))
 
 
-class VisualTable(nn.Module):
-    """Features (B, 49, 1280) -> (B, 2 * WORDS, D) tokens in the language model's embedding space."""
+def _cells(state: torch.Tensor) -> torch.Tensor:
+    return functional.adaptive_avg_pool2d(state, CELLS)
+
+
+def _mean_and_variance(state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    state = state.float()
+    mean = _cells(state)
+    return mean, _cells(state * state) - mean * mean
+
+
+class Standardised(nn.Module):
+    """(x - mean) / deviation with what training measured."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        self.mean, self.deviation = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.ones(width))
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """(..., width) -> the same."""
+        return (values - self.mean) / self.deviation
+
+
+class VisualTable(nn.Module):
+    """Features (B, 49, FEATURES + LOW_FEATURES) -> (B, IMAGE_TOKENS, D) tokens in the language model's space."""
+
+    def __init__(self, width: int, goods: int, colours: int, patterns: int) -> None:
+        """`goods` counts a last class for none of them."""
+        super().__init__()
+        self.sizes = [1, colours, patterns]
         self.table = nn.Parameter(torch.zeros(CLASSES, WORDS, width))
         self.head = nn.Linear(FEATURES, CLASSES)
-        self.extra = nn.Sequential(
-            nn.LayerNorm(FEATURES), nn.Linear(FEATURES, width), nn.GELU(), nn.Linear(width, WORDS * width)
+        self.goods_table = nn.Parameter(torch.zeros(goods, WORDS, width))
+        self.goods = nn.Sequential(
+            Standardised(FEATURES), nn.Linear(FEATURES, GOODS_HIDDEN), nn.GELU(), nn.Linear(GOODS_HIDDEN, goods)
+        )
+        self.colour_table = nn.Parameter(torch.zeros(colours, width))
+        self.pattern_table = nn.Parameter(torch.zeros(patterns, width))
+        self.looks = nn.Sequential(
+            Standardised(LOW_FEATURES),
+            nn.Linear(LOW_FEATURES, LOOKS_HIDDEN),
+            nn.GELU(),
+            nn.Linear(LOOKS_HIDDEN, sum(self.sizes)),
+        )
+        self.place = nn.Parameter(torch.zeros(CELLS * CELLS))
+
+    def classify(self, pooled: torch.Tensor, low: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits of goods (B, G), colours (B, C) and patterns (B, P).
+
+        Colours and patterns are judged cell by cell; a learned weight per cell, which falls on the main thing, pools
+        the judgements.
+        """
+        weight, colours, patterns = self.looks(low).split(self.sizes, -1)
+        share = (weight[..., 0] + self.place).softmax(-1)[..., None]
+        return self.goods(pooled), (share * colours).sum(1), (share * patterns).sum(1)
+
+    def tokens(self, pooled: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        """(B, FEATURES) mean features and (B, 49, LOW_FEATURES) -> (B, IMAGE_TOKENS, D)."""
+        goods, colours, patterns = self.classify(pooled, low)
+        return torch.cat(
+            [
+                torch.einsum("bc,cjd->bjd", self.head(pooled).softmax(-1), self.table),
+                torch.einsum("bc,cjd->bjd", goods.softmax(-1), self.goods_table),
+                (colours.softmax(-1) @ self.colour_table)[:, None],
+                (patterns.softmax(-1) @ self.pattern_table)[:, None],
+            ],
+            1,
         )
 
     def forward(self, grid: torch.Tensor) -> torch.Tensor:
         """Project a grid of features."""
-        pooled = grid.mean(1)
-        named = torch.einsum("bc,cjd->bjd", self.head(pooled).softmax(-1), self.table)
-        return torch.cat([named, self.extra(pooled).unflatten(1, (WORDS, -1))], 1)
+        high, low = grid[..., :FEATURES], grid[..., FEATURES:]
+        return self.tokens(high.mean(1), low)
 
 
 class VisualTableConfig(LlavaConfig):  # type: ignore[misc]
     """A type of its own, so that no other code loads the weights as a plain LLaVA with a fresh projector."""
 
     model_type = "mllm_srec_visual_table"
+
+    def __init__(self, goods: int = 2, colours: int = 1, patterns: int = 1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.goods, self.colours, self.patterns = goods, colours, patterns
 
 
 class VisualTableModel(LlavaForConditionalGeneration):  # type: ignore[misc]
@@ -96,7 +173,9 @@ class VisualTableModel(LlavaForConditionalGeneration):  # type: ignore[misc]
 
     def __init__(self, config: VisualTableConfig) -> None:
         super().__init__(config)
-        self.model.multi_modal_projector = VisualTable(config.text_config.hidden_size)
+        self.model.multi_modal_projector = VisualTable(
+            config.text_config.hidden_size, config.goods, config.colours, config.patterns
+        )
         self.post_init()
 
 
