@@ -1,0 +1,86 @@
+"""The measures of stage 1, item understanding, on real data with the embedded model before and after its training.
+
+    python benchmarks/items.py --data ../shared/data [--sections eyes,speed] [--work build/bench_items] [--json]
+
+What is finished is kept in the work folder under the hash of what it depends on, so a killed run goes on where it was.
+`--limit N` looks at N pictures, users or items only: a quick look, no result.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from items_common import Bench, section
+from items_eyes import embeddings, eyes, show_embeddings, show_eyes
+from items_injection import injection, show_injection
+from items_memory import memory, show_memory
+from items_recommendation import recommendation, show_recommendation
+from items_speed import show_speed, speed
+
+SECTIONS = {
+    "eyes": (eyes, show_eyes),
+    "embeddings": (embeddings, show_embeddings),
+    "recommendation": (recommendation, show_recommendation),
+    "speed": (speed, show_speed),
+    "memory": (memory, show_memory),
+    "injection": (injection, show_injection),
+}
+
+
+def machine() -> dict[str, Any]:
+    """What timings depend on, and bfloat16 results a little."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with captioned/ and hm_sample/")
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="comma-separated, default: all")
+    parser.add_argument("--work", type=Path, default=Path("build/bench_items"))
+    parser.add_argument("--limit", type=int, default=0, help="0: everything")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    options = parser.parse_args()
+    names = options.sections.split(",")
+    if unknown := [name for name in names if name not in SECTIONS]:
+        parser.error(f"unknown section {unknown[0]!r}: choose from {', '.join(SECTIONS)}")
+    bench = Bench(options.data, options.work, options.limit)
+    result: dict[str, Any] = {"machine": machine(), "limit": options.limit}
+    result["models"] = {name: mllm.identity for name, mllm in bench.models.items()}
+    if not options.json:
+        for name, value in {**result["machine"], **result["models"]}.items():
+            print(f"{name:14s} {value}")
+        print()
+    result["sections"], result["seconds"] = {}, {}
+    for name in names:
+        measure, show = SECTIONS[name]
+        section(name)
+        started = time.perf_counter()
+        result["sections"][name] = measure(bench)
+        result["seconds"][name] = round(time.perf_counter() - started, 1)
+        if not options.json:
+            show(result["sections"][name])
+            sys.stdout.flush()
+    if options.json:
+        print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
