@@ -12,7 +12,16 @@ from fakes import FakeEncoder, shown, vectors
 from mllm_srec import items
 from mllm_srec.config import ItemsConfig
 from mllm_srec.errors import StoreError
-from mllm_srec.items import ITEM_TEXTS, Catalogue, describe, embed, load_embeddings, load_items
+from mllm_srec.items import (
+    EMBEDDINGS,
+    ITEM_TEXTS,
+    Catalogue,
+    describe,
+    embed,
+    embed_fused,
+    load_embeddings,
+    load_items,
+)
 from mllm_srec.mllm.base import Answer, Prompt
 from mllm_srec.prompts import items as prompts
 from mllm_srec.workspace import Counts
@@ -136,3 +145,42 @@ def test_embeddings_are_stored_in_the_catalogues_order_and_reused(tmp_path: Path
     other = FakeEncoder("encoder-2")
     embed(workspace, other, catalogue)
     assert len(other.encoded) == 6
+
+
+def test_the_models_own_vectors_read_picture_and_text_and_are_centred(tmp_path: Path) -> None:
+    workspace = shop(tmp_path, embedding="model")
+    describe(workspace, Eyes())
+    catalogue = Catalogue.load(workspace)
+    model = Eyes()
+    made = embed_fused(workspace, model, catalogue)
+    raw = vectors(
+        [
+            f"Picture: <{RED_HASH}>\nTrail shoe low. Shoes. Light sole.",
+            "Wool scarf. Scarves. Warm for winter.",
+            f"Picture: <{BLUE_HASH}>\nPicture: blue bag.",
+            "",
+            "",
+            "Hat",
+        ]
+    )
+    centred = raw - raw.mean(0)
+    np.testing.assert_allclose(made, centred / np.linalg.norm(centred, axis=1, keepdims=True), atol=1e-6)
+    np.testing.assert_array_equal(load_embeddings(workspace, catalogue), made)
+    shop_with = replace(catalogue, pictures=[BLUE_HASH, *catalogue.pictures[1:]])
+    before = workspace.rows(EMBEDDINGS).to_dicts()
+    embed_fused(workspace, model, shop_with)  # another picture: that item's vector alone is made again
+    changed = [old["key"] for old, new in zip(before, workspace.rows(EMBEDDINGS).to_dicts(), strict=True) if old != new]
+    assert changed == ["both"]
+
+
+def test_content_may_compare_what_was_seen_too(tmp_path: Path) -> None:
+    workspace = shop(tmp_path, embedding="description")
+    describe(workspace, Eyes())
+    assert Catalogue.load(workspace).embedding_texts == [
+        "Trail shoe low. Shoes. Light sole. Picture: red running shoe.",
+        "Wool scarf. Scarves. Warm for winter.",
+        "Picture: blue bag.",
+        "",
+        "",
+        "Hat",
+    ]

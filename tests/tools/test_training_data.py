@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import training_pictures
 from PIL import Image
-from training_pictures import Captioned, background, drawn_views, main_colour, photo_views, read_captions
+from training_pictures import (
+    Captioned,
+    background,
+    colour_of,
+    drawn_views,
+    main_colour,
+    photo_views,
+    read_captions,
+    thing,
+)
 from training_texts import fusion
 
 from mllm_srec.data import sample
@@ -59,7 +68,7 @@ def test_backgrounds_are_of_many_kinds() -> None:
     assert means.min() < 60 and means.max() > 220
     assert 0.2 < np.mean(np.ptp(means, axis=1) < 40) < 0.8  # pale ones and coloured ones
     flat = [picture.reshape(-1, 3).std(0).max() < 4 for picture in made]
-    assert 0.1 < np.mean(flat) < 0.6
+    assert 0.1 < np.mean(flat) < 0.8  # studios are flat
 
 
 # Photos
@@ -102,6 +111,40 @@ def test_a_photo_comes_as_it_is_and_then_changed(tmp_path: Path) -> None:
         assert view.colour == "red"
 
 
+def blue_shirt(ground: tuple[int, int, int] = (200, 190, 120)) -> Image.Image:
+    picture = Image.new("RGB", (120, 120), ground)
+    picture.paste(RGB["blue"], (30, 30, 90, 100))
+    return picture
+
+
+def test_a_thing_on_an_even_ground_is_cut_out() -> None:
+    mask = thing(blue_shirt())
+    assert mask is not None
+    left, top, right, bottom = mask.getbbox() or (0, 0, 0, 0)
+    assert max(abs(left - 30), abs(top - 30), abs(right - 90), abs(bottom - 100)) <= 3
+    assert thing(Image.new("RGB", (120, 120), "red")) is None  # nothing stands out
+    noise = np.random.default_rng(0).integers(0, 256, (120, 120, 3)).astype(np.uint8)
+    assert thing(Image.fromarray(noise)) is None  # no even ground
+    speck = Image.new("RGB", (120, 120), "white")
+    speck.paste("red", (50, 50, 60, 60))
+    assert thing(speck) is None  # too little of it
+
+
+def test_a_cut_out_thing_comes_on_other_grounds_with_its_own_colour_and_painted_patterns(tmp_path: Path) -> None:
+    blue_shirt().save(tmp_path / "1.png")
+    row = Captioned(tmp_path / "1.png", "shirt", "shirt", "a", "train")
+    first, *others = photo_views(row, 20, np.random.default_rng(0))
+    assert first.image.size == (120, 120)
+    assert len(others) == 39  # twice as many as were asked for
+    assert {view.colour for view in others} == {"blue"}
+    assert {view.pattern for view in others} == set(PATTERNS)
+    for view in others:
+        pixels = np.asarray(view.image).reshape(-1, 3).astype(int)
+        near = np.abs(pixels - RGB["blue"]).sum(1) < 30
+        assert 0.05 < near.mean() < 0.8
+        assert (near.mean() > 0.2) or view.pattern != "plain"
+
+
 # Main colour
 
 
@@ -137,11 +180,12 @@ def test_a_colour_is_named_that_fills_enough_of_the_middle() -> None:
     assert main_colour(picture) == "red"  # all of the middle; what lies around does not count
     picture.paste(RGB["blue"], (9, 8, 23, 17))
     assert main_colour(picture) in ("red", "blue")  # half each
-    assert main_colour(picture, share=0.51) == ""
     picture.paste(RGB["yellow"], (9, 8, 23, 14))
     picture.paste(RGB["blue"], (9, 14, 23, 20))
     assert main_colour(picture) == ""  # a third each
-    assert main_colour(picture, share=0.33) != ""
+    pixels = np.array([RGB["red"]] * 3 + [RGB["blue"]] * 2, dtype=np.float64)
+    assert colour_of(pixels, share=0.6) == "red"
+    assert colour_of(pixels, share=0.61) == ""
 
 
 # Texts
