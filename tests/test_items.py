@@ -236,7 +236,9 @@ def test_the_picture_free_prompt_is_asked_once_and_each_answer_weighed_once(tmp_
 
 
 def test_a_film_takes_no_colour_from_its_plot(tmp_path: Path) -> None:
-    workspace = one(tmp_path, title="Night", category="Drama", description="A black car, a red hat.", image="red")
+    config = Config(items=ItemsConfig(questions=("scene", "colour")))
+    film = {"title": "Night", "category": "Drama", "description": "A black car, a red hat."}
+    workspace = one(tmp_path, config, **film, image="red")
     describe(workspace, Eyes())
     row = rows(workspace)["a"]
     assert row["visual"] == "running shoe"

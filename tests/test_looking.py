@@ -55,6 +55,10 @@ def seen(mllm: FakeMllm, name: str) -> str:
     ("said", "answer"),
     [
         (" A Red shoe. It is on the floor", "red shoe"),
+        ("pair of white", ""),
+        ("pair of pair of shoes", ""),
+        ("orange", "orange"),  # the fruit
+        ("blood orange", "blood orange"),
         ("woman with a hat", "woman"),
         ("cat in  the sun", "cat"),
         ("poster of the", "poster"),
@@ -144,8 +148,8 @@ def test_words_are_weighed_as_they_were_written_behind_the_same_question() -> No
 
 # Options
 
-EVEN = 1.5 / MIN_ODDS_RATIO / (1 + 1.5 / MIN_ODDS_RATIO)
-"""The share without a picture that a share of 0.6, odds of 1.5, just makes up for."""
+EVEN = 4 / MIN_ODDS_RATIO / (1 + 4 / MIN_ODDS_RATIO)
+"""The share without a picture that a share of 0.8, odds of 4, just makes up for."""
 
 
 @pytest.mark.parametrize(
@@ -153,14 +157,14 @@ EVEN = 1.5 / MIN_ODDS_RATIO / (1 + 1.5 / MIN_ODDS_RATIO)
     [
         (MIN_SHARE + 0.001, 0.25, "plain"),
         (MIN_SHARE - 0.001, 0.25, ""),
-        (0.6, EVEN - 0.001, "plain"),
-        (0.6, EVEN + 0.001, ""),
+        (0.8, EVEN - 0.001, "plain"),
+        (0.8, EVEN + 0.001, ""),
         (0.99, 0.9, "plain"),  # however likely it was, the picture can make it surer
         (0.9, 0.9, ""),  # as likely without the picture
         (0.9, 0.1, "plain"),
     ],
 )
-def test_an_option_must_have_half_and_much_more_than_without_the_picture(
+def test_an_option_must_have_most_and_much_more_than_without_the_picture(
     share: float, blind: float, answer: str
 ) -> None:
     mllm = Told(looking=chosen(share), blind=chosen(blind))

@@ -142,7 +142,7 @@ def train_classifiers(table: Any, train: Features, held: dict[str, Features], ep
     with torch.no_grad():
         for part, values in (
             (table.goods[0], train.pooled),
-            (table.looks[0], train.low),
+            (table.cells, train.low),
         ):
             flat = values.float().flatten(0, -2)
             part.mean.copy_(flat.mean(0))
@@ -150,7 +150,7 @@ def train_classifiers(table: Any, train: Features, held: dict[str, Features], ep
     parameters = [p for name, p in table.named_parameters() if name.split(".")[0] in ("goods", "looks", "place")]
     for parameter in parameters:
         parameter.requires_grad_(True)
-    for part in (table.goods[0], table.looks[0]):
+    for part in (table.goods[0],):
         part.requires_grad_(False)
     optimiser = torch.optim.AdamW([p for p in parameters if p.requires_grad], 1e-3, weight_decay=0.1)
     steps = epochs * math.ceil(len(train.kind) / 128)
@@ -176,7 +176,7 @@ def train_classifiers(table: Any, train: Features, held: dict[str, Features], ep
 
 def classifier_weights(table: Any) -> dict[str, torch.Tensor]:
     """What `train_classifiers` changes."""
-    kept = ("goods.", "looks.", "place")
+    kept = ("goods.", "cells.", "looks.", "place")
     return {name: p.detach().contiguous() for name, p in table.named_parameters() if name.startswith(kept)}
 
 
@@ -434,7 +434,7 @@ def train_language_model(
 
 def save(table: Any, layers: dict[str, Lora], file: Path) -> None:
     """The trained parts in bfloat16."""
-    kept = ("goods.", "looks.", "place")
+    kept = ("goods.", "cells.", "looks.", "place")
     weights = {f"table.{n}": p.detach() for n, p in table.named_parameters() if n.startswith(kept)}
     for name, layer in layers.items():
         weights[f"lora.{name}.A"], weights[f"lora.{name}.B"] = layer.a.detach(), LORA_SCALE * layer.b.detach()
@@ -449,7 +449,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--captioned", type=Path, required=True, help="folder with captions.csv")
     parser.add_argument("--work", type=Path, default=Path("build/train_embedded"))
-    parser.add_argument("--steps", type=int, default=200, help="of the language model")
+    parser.add_argument("--steps", type=int, default=130, help="of the language model")
     parser.add_argument("--epochs", type=int, default=20, help="of the classifiers")
     parser.add_argument("--out", type=Path, default=TRAINED)
     arguments = parser.parse_args()

@@ -80,8 +80,11 @@ class ItemsConfig(_Section):
 
     domain: Literal["auto", "general", "goods", "fashion", "films", "food"] = "auto"
     """Which questions are worth asking about a picture; `auto`: as the item's category says."""
-    questions: tuple[Questions, ...] = ("kind", "scene", "colour", "pattern")
-    """Asked where the domain has them; the embedded model learnt to answer the default ones, larger ones answer all."""
+    questions: tuple[Questions, ...] = ("kind", "colour", "pattern")
+    """Asked where the domain has them; the embedded model learnt to answer the default ones, larger ones answer all.
+
+    Films have none of the default ones: posters are out of the embedded model's reach.
+    """
     fusion: Literal["compose", "generate"] = "compose"
     """`compose`: the item's own words and what was seen; `generate`: the model writes, checked for invention."""
     text_words: int = Field(60, ge=5)

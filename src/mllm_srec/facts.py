@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mllm_srec.vocabulary import COLOURS, KINDS, PATTERNS, Vocabulary, named
+from mllm_srec.vocabulary import COLOURS, KINDS, NEAR_COLOURS, PATTERNS, Vocabulary, named
 
 Origin = Literal["text", "picture", "both"]
 
@@ -66,13 +66,16 @@ def canonical(attribute: str, answer: str) -> str:
 def merge(seen: Mapping[str, str], said: Mapping[str, Sequence[str]], asked: Sequence[str]) -> list[Fact]:
     """The facts of one item: what the picture showed and what the text says of the attributes `asked`.
 
-    A value that both know is one fact of origin "both". Where they name different values both stay, marked as
-    contradicted, but for a value that no vocabulary knows: it may be another word for the same. What the text says of
+    A value that both know is one fact of origin "both"; of two near colours it is the text's, which knows the shade's
+    name. Where they name different values both stay, marked as contradicted, but for a value that no vocabulary knows:
+    it may be another word for the same. What the text says of
     other attributes is left out: a plot's "black" is no colour of a film.
     """
     facts = []
     for attribute in asked:
         value, of_text = canonical(attribute, seen.get(attribute, "")), said.get(attribute, ())
+        if attribute == "colour" and value not in of_text:
+            value = next((colour for colour in of_text if frozenset((colour, value)) in NEAR_COLOURS), value)
         comparable = value in VOCABULARIES.get(attribute, Vocabulary())
         against = bool(of_text) and comparable and value not in of_text
         if value:

@@ -104,9 +104,17 @@ def _look(looker: Looker, workspace: Workspace, items: Sequence[Item], config: I
 
 
 def _visual(seen: dict[str, str], facts: Sequence[Fact]) -> str:
-    """The visual summary. Identity comes from the text: a kind that the text contradicts is no part of it."""
-    wrong = {fact.attribute for fact in facts if fact.contradicted and fact.attribute == "kind"}
-    return prompts.summary({name: answer for name, answer in seen.items() if name not in wrong})
+    """The visual summary; the colour by the name that the text has for it.
+
+    Identity comes from the text: a kind that the text contradicts is no part of it.
+    """
+    shown = dict(seen)
+    for fact in facts:
+        if fact.origin != "text" and fact.attribute == "colour":
+            shown["colour"] = fact.value
+        if fact.origin == "picture" and fact.attribute == "kind" and fact.contradicted:
+            shown["kind"] = ""
+    return prompts.summary(shown)
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ import numpy as np
 from mllm_srec.errors import ModelError
 from mllm_srec.mllm.base import Answer, Mllm, PartialFailure, Picture, Prompt, Question, check_finite
 from mllm_srec.prompts import items as prompts
+from mllm_srec.vocabulary import COLOURS, KINDS
 
-MIN_EVIDENCE, MIN_LOGLIK = 1.5, -1.2
+MIN_EVIDENCE, MIN_LOGLIK = 1.5, -0.6
 """Nats per token of an answer in the model's own words: by how much the picture must make it likelier than no picture
 does, and how likely it must be then."""
-MIN_SHARE, MIN_ODDS_RATIO = 0.5, 2.0
+MIN_SHARE, MIN_ODDS_RATIO = 0.7, 2.0
 """Of a chosen option: its share among the options with the picture, and its odds then over those without a picture."""
 
 _BREAK = re.compile(
@@ -41,7 +42,8 @@ class Look:
 def clean_answer(text: str) -> str:
     """What an answer names, in lower case: up to its first break or clause, without article and dangling words.
 
-    What stands around the main thing is no part of it, and an answer about background, watermark or nothing is "".
+    What stands around the main thing is no part of it. An answer about background, watermark or nothing is "", and so
+    is one that says a word twice or ends in a colour: a model that does not know the thing stammers so.
     """
     words = _BREAK.split(text.strip().lower(), maxsplit=1)[0].split()
     while words and words[-1] in _DANGLING:
@@ -49,7 +51,10 @@ def clean_answer(text: str) -> str:
     while words and words[0] in ("a", "an", "the"):
         words.pop(0)
     answer = " ".join(words)
-    return "" if answer in _NOTHING or _NOISE.search(answer) else answer
+    long = [word for word in words if len(word) > 3]  # "and" may stand twice
+    colour = bool(words) and words[-1] in COLOURS and words[-1] not in KINDS
+    stammers = colour or len(set(long)) < len(long)
+    return "" if stammers or answer in _NOTHING or _NOISE.search(answer) else answer
 
 
 def shares(logliks: np.ndarray) -> np.ndarray:

@@ -146,6 +146,23 @@ COLOURS = Vocabulary(
     }
 )
 
+NEAR_COLOURS = frozenset(
+    frozenset((colour, near))
+    for colour, others in {
+        "grey": ("black", "white", "beige", "brown", "blue", "green"),
+        "black": ("blue", "brown"),
+        "white": ("beige", "yellow", "pink"),
+        "beige": ("brown", "yellow", "pink", "orange"),
+        "brown": ("red", "orange", "green"),
+        "red": ("pink", "orange", "purple"),
+        "yellow": ("orange", "green"),
+        "turquoise": ("green", "blue"),
+        "purple": ("blue", "pink"),
+    }.items()
+    for near in others
+)
+"""Colours that a photo's light, or the name of a shade, moves into each other: navy and black, khaki and brown."""
+
 PATTERNS = Vocabulary(
     {
         "plain": ("solid", "solid-coloured", "plain-coloured", "unpatterned"),

@@ -93,18 +93,34 @@ def test_the_kind_is_read_from_the_mean_over_the_cells(table: VisualTable) -> No
 
 @torch.no_grad()
 def test_colours_are_judged_where_the_weight_falls(table: VisualTable) -> None:
-    table.looks[0].deviation.fill_(1)
-    table.looks[1].weight.zero_()
-    table.looks[1].bias.zero_()
-    table.looks[1].weight[0, 0] = table.looks[1].weight[1, 1] = 1.0  # the first two features reach the last layer
+    table.looks[0].weight.zero_()
+    table.looks[0].bias.zero_()
+    table.looks[0].weight[0, 0] = table.looks[0].weight[1, 1] = 1.0  # the first two features reach the last layer
     table.looks[-1].bias.zero_()
     table.looks[-1].weight[1 + 0, 0], table.looks[-1].weight[1 + 1, 1] = 100.0, 100.0
     low = torch.zeros(1, 49, LOW_FEATURES)
-    low[0, 5, 0], low[0, 40, 1] = 10.0, 10.0  # cell 5 says colour 0, cell 40 says colour 1
-    for cell, colour in ((5, 0), (40, 1)):
+    low[0, 8, 0], low[0, 40, 1] = 10.0, 10.0  # cell 8 says colour 0, cell 40 says colour 1
+    for cell, colour in ((8, 0), (40, 1)):
         table.place.zero_()
         table.place[cell] = 100
         assert int(table.classify(torch.zeros(1, FEATURES), low)[1].argmax()) == colour
+
+
+@torch.no_grad()
+def test_a_cell_is_judged_beside_the_pictures_edge(table: VisualTable) -> None:
+    table.looks[0].weight.zero_()
+    table.looks[0].bias.zero_()
+    table.looks[0].weight[0, LOW_FEATURES] = 1.0  # what the first feature differs in from the edge
+    table.looks[-1].bias.zero_()
+    table.looks[-1].weight[1, 0] = 100.0
+    table.place[24] = 1000  # the middle
+    low = torch.zeros(1, 49, LOW_FEATURES)
+    low[0, 24, 0] = 5.0
+    apart = table.classify(torch.zeros(1, FEATURES), low)[1][0, 0]
+    low[0, :7, 0] = 5.0 * 24 / 7  # seven of the 24 cells of the edge: their mean is 5
+    even = table.classify(torch.zeros(1, FEATURES), low)[1][0, 0]
+    assert apart > 100
+    assert abs(even) < 1e-3
 
 
 @torch.no_grad()

@@ -119,21 +119,28 @@ class VisualTable(nn.Module):
         )
         self.colour_table = nn.Parameter(torch.zeros(colours, width))
         self.pattern_table = nn.Parameter(torch.zeros(patterns, width))
+        self.cells = Standardised(LOW_FEATURES)
         self.looks = nn.Sequential(
-            Standardised(LOW_FEATURES),
-            nn.Linear(LOW_FEATURES, LOOKS_HIDDEN),
-            nn.GELU(),
-            nn.Linear(LOOKS_HIDDEN, sum(self.sizes)),
+            nn.Linear(2 * LOW_FEATURES, LOOKS_HIDDEN), nn.GELU(), nn.Linear(LOOKS_HIDDEN, sum(self.sizes))
         )
         self.place = nn.Parameter(torch.zeros(CELLS * CELLS))
+
+    @property
+    def edge(self) -> torch.Tensor:
+        """(49,): equal shares of the cells on the picture's edge."""
+        share = torch.ones(CELLS, CELLS, device=self.place.device)
+        share[1:-1, 1:-1] = 0
+        return (share / share.sum()).flatten()
 
     def classify(self, pooled: torch.Tensor, low: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Logits of goods (B, G), colours (B, C) and patterns (B, P).
 
-        Colours and patterns are judged cell by cell; a learned weight per cell, which falls on the main thing, pools
-        the judgements.
+        Colours and patterns are judged cell by cell, each beside what it differs in from the picture's edge; a learned
+        weight per cell, which falls on the main thing, pools the judgements.
         """
-        weight, colours, patterns = self.looks(low).split(self.sizes, -1)
+        cells = self.cells(low)
+        edge = (cells * self.edge[:, None].to(cells.dtype)).sum(-2, keepdim=True)
+        weight, colours, patterns = self.looks(torch.cat([cells, cells - edge], -1)).split(self.sizes, -1)
         share = (weight[..., 0] + self.place).softmax(-1)[..., None]
         return self.goods(pooled), (share * colours).sum(1), (share * patterns).sum(1)
 

@@ -93,6 +93,7 @@ DOMAIN_WORDS: dict[str, tuple[str, ...]] = {
     ),
     "films": (
         *("film", "films", "movie", "movies", "drama", "comedy", "thriller", "horror", "animation", "documentary"),
+        *("action", "adventure", "crime", "fantasy", "mystery", "war", "film-noir"),
         *("romance", "western", "sci-fi", "noir", "musical", "video", "dvd"),
     ),
     "food": ("food", "grocery", "groceries", "fruit", "vegetables", "dairy", "drinks", "beverages", "bakery", "snacks"),
