@@ -13,8 +13,8 @@ from items_common import SEED, Bench, difference, figure, show, shown
 from mllm_srec.data.images import open_picture
 from mllm_srec.data.split import Targets, leave_last_out
 from mllm_srec.evaluation import protocol
-from mllm_srec.facts import VOCABULARIES, said_in
-from mllm_srec.items import ITEM_TEXTS, load_items
+from mllm_srec.facts import VOCABULARIES, canonical, merge, said_in
+from mllm_srec.items import ITEM_TEXTS, load_items, visual_summary
 from mllm_srec.mllm.base import Picture, Prompt
 from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.mllm.rendering import MAX_SIDE
@@ -62,7 +62,16 @@ def representations(workspace: Workspace, mllm: LocalMllm) -> dict[str, np.ndarr
     hashes = [item.picture_sha256 for item in items]
     titles = [item.title for item in items]
     full = [". ".join(part for part in (i.title, i.category, i.description) if part) for i in items]
-    seen = [prompts.seen(made[item.item_id]["visual"]) for item in items]
+    answers = [{a["question"]: a["answer"] for a in made[key]["seen"]} for key in keys]
+
+    def summaries(texts: Sequence[tuple[str, str, str]]) -> list[str]:
+        """As a catalogue with these texts alone would say what was seen: no text helps that is not there."""
+        facts = [merge(seen, said_in(*text), list(VOCABULARIES)) for seen, text in zip(answers, texts, strict=True)]
+        return [prompts.seen(visual_summary(seen, known)) for seen, known in zip(answers, facts, strict=True)]
+
+    without_text = summaries([("", "", "")] * len(items))
+    beside_title = summaries([(item.title, "", "") for item in items])
+    beside_full = summaries([(item.title, item.category, item.description) for item in items])
     encoder = TextEncoder()
 
     def of_texts(name: str, texts: Sequence[str]) -> np.ndarray:
@@ -90,10 +99,10 @@ def representations(workspace: Workspace, mllm: LocalMllm) -> dict[str, np.ndarr
     found = {
         "full text": of_texts("full", full),
         "title": of_texts("title", titles),
-        "seen": of_texts("seen", seen),
+        "seen": of_texts("seen", without_text),
         "vision tower": _stored(workspace, "tower", keys, hashes, mllm.identity, look, MODEL_BATCH),
-        "title + seen": of_texts("title_seen", _joined(titles, seen)),
-        "full text + seen": of_texts("full_seen", _joined(full, seen)),
+        "title + seen": of_texts("title_seen", _joined(titles, beside_title)),
+        "full text + seen": of_texts("full_seen", _joined(full, beside_full)),
         "model: picture + title": fused("model_title", titles),
         "model: picture + full text": fused("model_full", full),
     }
@@ -198,14 +207,14 @@ def agreement(workspace: Workspace) -> dict[str, Any]:
     said = [said_in(item.title, item.category, item.description) for item in items]
     return {
         attribute: compare_seen(
-            [_seen(made[item.item_id]["facts"], attribute) for item in items], [of[attribute] for of in said]
+            [_seen(made[item.item_id]["seen"], attribute) for item in items], [of[attribute] for of in said]
         )
         for attribute in VOCABULARIES
     }
 
 
-def _seen(facts: Sequence[dict[str, Any]], attribute: str) -> str:
-    return next((f["value"] for f in facts if f["attribute"] == attribute and f["origin"] != "text"), "")
+def _seen(answers: Sequence[dict[str, str]], attribute: str) -> str:
+    return next((canonical(attribute, a["answer"]) for a in answers if a["question"] == attribute), "")
 
 
 def compare_seen(seen: Sequence[str], said: Sequence[Sequence[str]]) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -29,10 +29,13 @@ FACTS = pa.list_(
     )
 )
 
+SEEN = pa.list_(pa.struct([("question", pa.string()), ("answer", pa.string())]))
+
 ITEM_TEXTS = Table(
     "item_texts",
     pa.schema(
         [
+            ("seen", SEEN),
             ("visual", pa.string()),
             ("description", pa.string()),
             ("fused_by", pa.string()),
@@ -42,7 +45,8 @@ ITEM_TEXTS = Table(
         ]
     ),
 )
-"""`picture`: its state; `cleaned`: what was taken out of the item's own text (`data.text.REMOVALS`)."""
+"""`seen`: answers that the picture gave; `visual`: the same in words, without what the text contradicts; `picture`: its
+state; `cleaned`: what was taken out of the item's own text (`data.text.REMOVALS`)."""
 
 EMBEDDINGS = Table("item_embeddings", pa.schema([("vector", pa.list_(pa.float32()))]))
 
@@ -103,17 +107,18 @@ def _look(looker: Looker, workspace: Workspace, items: Sequence[Item], config: I
     return looks
 
 
-def _visual(seen: dict[str, str], facts: Sequence[Fact]) -> str:
-    """The visual summary; the colour by the name that the text has for it.
+def visual_summary(seen: Mapping[str, str], facts: Sequence[Fact]) -> str:
+    """What was seen, in words; a colour by the name that the text has for it.
 
-    Identity comes from the text: a kind that the text contradicts is no part of it.
+    What the text contradicts stays in the facts alone: identity comes from the text, and of looks that two sources tell
+    differently a description claims none.
     """
     shown = dict(seen)
     for fact in facts:
-        if fact.origin != "text" and fact.attribute == "colour":
+        if fact.origin == "picture" and fact.contradicted:
+            shown[fact.attribute] = ""
+        elif fact.origin != "text" and fact.attribute == "colour":
             shown["colour"] = fact.value
-        if fact.origin == "picture" and fact.attribute == "kind" and fact.contradicted:
-            shown["kind"] = ""
     return prompts.summary(shown)
 
 
@@ -175,7 +180,7 @@ def describe(workspace: Workspace, mllm: Mllm) -> Counts:
             merge(look.seen, said_in(item.title, item.category, item.description), _questions(item, config))
             for item, look in zip(items, looks, strict=True)
         ]
-        visuals = [_visual(look.seen, known) for look, known in zip(looks, facts, strict=True)]
+        visuals = [visual_summary(look.seen, known) for look, known in zip(looks, facts, strict=True)]
         fused = _fuse(mllm, items, visuals, config)
         return [_row(*of_item) for of_item in zip(items, looks, facts, visuals, fused, strict=True)]
 
@@ -194,6 +199,7 @@ def _row(item: Item, look: Look, facts: Sequence[Fact], visual: str, fused: _Fus
     return {
         "status": status,
         "reason": reason,
+        "seen": [{"question": name, "answer": answer} for name, answer in look.seen.items()],
         "visual": visual,
         "description": fused.description,
         "fused_by": fused.by,
@@ -276,12 +282,7 @@ class Catalogue:
         words = keyword_facts([f"{i.title} {first_words(i.description, 30)}" for i in items])
         facts = []
         for item, row, of_text in zip(items, made, words, strict=True):
-            # Identity comes from the text: a kind that it contradicts is no fact of the item.
-            known = [
-                fact["value"]
-                for fact in row["facts"]
-                if not (fact["contradicted"] and fact["attribute"] == "kind" and fact["origin"] == "picture")
-            ]
+            known = [f["value"] for f in row["facts"] if not (f["contradicted"] and f["origin"] == "picture")]
             facts.append(list(dict.fromkeys(category_facts(item.category) + of_text + [k.lower() for k in known])))
         count = Counter(fact for of_item in facts for fact in of_item)
         full = [". ".join(p for p in (i.title, i.category, i.description) if p) for i in items]
