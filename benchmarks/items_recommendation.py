@@ -31,7 +31,6 @@ CHOICES = {"text": "full text", "description": "full text + seen", "model": "mod
 PAIRS = (
     ("title + seen", "title"),
     ("full text + seen", "full text"),
-    ("model: picture + title", "title"),
     ("model: picture + full text", "full text"),
 )
 MODEL_BATCH, TEXT_BATCH = 32, 256
@@ -103,10 +102,9 @@ def representations(workspace: Workspace, mllm: LocalMllm) -> dict[str, np.ndarr
         "vision tower": _stored(workspace, "tower", keys, hashes, mllm.identity, look, MODEL_BATCH),
         "title + seen": of_texts("title_seen", _joined(titles, beside_title)),
         "full text + seen": of_texts("full_seen", _joined(full, beside_full)),
-        "model: picture + title": fused("model_title", titles),
         "model: picture + full text": fused("model_full", full),
     }
-    for name in ("vision tower", "model: picture + title", "model: picture + full text"):
+    for name in ("vision tower", "model: picture + full text"):
         found[f"{name}, centred"] = _centred(found[name])
     return found
 

@@ -26,7 +26,7 @@ from mllm_srec.progress import say
 from mllm_srec.prompts import items as prompts
 from mllm_srec.workspace import Workspace
 
-PICTURES, ROUNDS = 256, 3
+PICTURES, ROUNDS = 96, 3
 CLOCKS = ("processor", "wall")
 MARKS = {
     "batched against one at a time": 4.0,
