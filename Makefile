@@ -6,7 +6,7 @@ DEMO ?= build/demo
 DATA ?=
 WS ?= build/real/$(notdir $(patsubst %/,%,$(DATA)))
 
-.PHONY: setup demo test check real bench clean
+.PHONY: setup demo test check real bench bench-items train-embedded clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -28,8 +28,8 @@ test: check
 	$(BIN)/pytest --cov --cov-report=term --cov-fail-under=85
 
 check: setup
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks tools
+	$(BIN)/ruff format --check src tests benchmarks tools
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
@@ -41,6 +41,14 @@ real: setup
 
 bench: setup
 	$(BIN)/python benchmarks/stages.py --json
+
+# Figures of docs/items.md: make bench-items DATA=folder with captioned and hm_sample (about an hour).
+bench-items: setup
+	$(BIN)/python benchmarks/items.py --data $(DATA)
+
+# What the embedded model learns and ships with: make train-embedded DATA=folder with captions.csv (about half an hour).
+train-embedded: setup
+	$(BIN)/python tools/train_embedded.py --captioned $(DATA)
 
 clean:
 	rm -rf build

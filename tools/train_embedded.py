@@ -4,7 +4,7 @@
 
 Three steps, each kept in the work folder and taken up again: features of all pictures; the classifiers of goods,
 colours and patterns on them; then the language model learns to answer from the picture's tokens. Writes
-src/mllm_srec/mllm/trained/embedded.safetensors. Same seed and machine: same weights.
+src/mllm_srec/mllm/trained/embedded.safetensors. About half an hour on two cores with nothing else to do; seeded.
 """
 
 import argparse
