@@ -472,7 +472,7 @@ def test_a_second_process_on_a_workspace_is_sent_away(command: Command, copied: 
 def test_ctrl_c_ends_with_130_and_says_that_rows_are_kept(
     command: Command, copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mllm_srec.items.describe", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("mllm_srec.items.describe", lambda *_: signal.default_int_handler(signal.SIGINT, None))
     ended = command("run", copied)
     assert ended.code == 130
     assert "stopped; finished rows are kept, the same command goes on from there\n" in ended.err
