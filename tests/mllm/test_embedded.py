@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from separate_prompts import close, separate
 
 from mllm_srec.config import ModelConfig
@@ -169,6 +170,24 @@ def test_two_processes_convert_once(tmp_path: Path) -> None:
     assert found[0] == found[1]
     assert Path(found[0]).read_text() == "{}"
     assert log.read_text() == "converted\n"
+
+
+# What it learnt
+
+
+def test_the_trained_weights_are_small_and_in_bfloat16() -> None:
+    assert embedded.TRAINED.stat().st_size <= 25e6
+    weights = load_file(embedded.TRAINED)
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+    assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_weights_trained_for_other_names_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "other.safetensors"
+    save_file({"table.place": torch.zeros(49)}, file, {"names": '[["shoe"], ["red"], ["plain"]]'})
+    monkeypatch.setattr(embedded, "TRAINED", file)
+    with pytest.raises(ModelError, match=r"trained with other names than vocabulary.py has: train it again"):
+        embedded._apply_training(None, None)
 
 
 # The model itself
