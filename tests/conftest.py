@@ -3,9 +3,14 @@ made once; tests that write work on a copy."""
 
 import os
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+
+from mllm_srec import cli
 
 SETTINGS = (
     "model.dtype=float32",
@@ -86,3 +91,34 @@ def finished(tmp_path_factory: pytest.TempPathFactory, ingested: Path) -> Path:
 def copied(finished: Path, tmp_path: Path) -> Path:
     """A finished workspace to write to."""
     return Path(shutil.copytree(finished, tmp_path / "ws"))
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Ended]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """`mllm-srec ARGUMENTS` in this process, through `main`."""
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # what `main` would set for good
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+
+    def call(*arguments: object) -> Ended:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["mllm-srec", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err
+        code = ended.value.code
+        return Ended(code if isinstance(code, int) else 0, out, err)
+
+    return call

@@ -2,20 +2,23 @@
 
 import hashlib
 import io
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import polars as pl
 from PIL import Image
 
+from mllm_srec.catalogue import Catalogue, fact_rates
 from mllm_srec.config import Config, UsersConfig
 from mllm_srec.data.dataset import Dataset
-from mllm_srec.items import Catalogue
+from mllm_srec.facts import Origin, category_facts
 from mllm_srec.mllm.base import Answer, Picture, Prompt, Question, Request
 from mllm_srec.prompts import ranking as prompts
+from mllm_srec.tastes import Movement
+from mllm_srec.user_states import UserState
 from mllm_srec.workspace import Workspace
 
 
@@ -120,20 +123,40 @@ def png(colour: str) -> bytes:
     return stream.getvalue()
 
 
-def make_catalogue(**facts: str) -> Catalogue:
-    """Items by id with their facts in one string each; title "ID the title", no category, facts as description."""
-    of_items = [words.split() for words in facts.values()]
-    count = Counter(fact for words in of_items for fact in set(words))
+def make_catalogue(
+    looks: Mapping[str, str] | None = None,
+    categories: Mapping[str, str] | None = None,
+    prices: Mapping[str, float] | None = None,
+    **facts: str,
+) -> Catalogue:
+    """Items by id with their facts in one string each; title "ID the title", facts as description.
+
+    A fact is known from the text, or from where its ending says: "shoe red:picture wool:both". What the pictures
+    showed, category paths and prices are by item id; all facts are named ones, so a fact's prior odds are its share.
+    """
+    split = [[word.partition(":") for word in words.split()] for words in facts.values()]
+    of_items: list[dict[str, Origin]] = [
+        {fact: cast(Origin, origin or "text") for fact, _, origin in of_item} for of_item in split
+    ]
     titles = [f"{item_id} the title" for item_id in facts]
     return Catalogue(
         ids=list(facts),
         lines=[prompts.line(title, "") for title in titles],
+        looks=[(looks or {}).get(item_id, "") for item_id in facts],
         candidates=[prompts.candidate(title, "", " ".join(w)) for title, w in zip(titles, of_items, strict=True)],
         facts=of_items,
-        base_rate={fact: n / len(of_items) for fact, n in count.items()},
+        rates=fact_rates(of_items, {fact for of_item in of_items for fact in of_item}),
+        categories=[category_facts((categories or {}).get(item_id, "")) for item_id in facts],
+        prices=np.array([(prices or {}).get(item_id, np.nan) for item_id in facts], np.float32),
         embedding_texts=titles,
         pictures=[None] * len(titles),
     )
+
+
+def make_state(*phrases: str) -> UserState:
+    """A user after four events, of whom these tastes are known by name."""
+    movement = Movement({}, dict.fromkeys(phrases, 1.0), {}, {})
+    return UserState("u", 4, 7, "likes red", "newly turns to hat", movement, {}, (0.0, 0.0, 0.0), (0, 1))
 
 
 Event = tuple[str, int | None, float | None]
@@ -144,7 +167,7 @@ def make_dataset(
     folder: Path, items: Sequence[Mapping[str, str | None]], log: Mapping[str, Sequence[Event]]
 ) -> Dataset:
     """`items` by column, `log` by user; pictures are files in `folder`."""
-    columns = dict.fromkeys(("item_id", "title", "description", "category", "image"), pl.String)
+    columns = dict.fromkeys(("item_id", "title", "description", "category", "image", "extra"), pl.String)
     rows = [(user, *event) for user, events in log.items() for event in events]
     schema = {"user_id": pl.String, "item_id": pl.String, "timestamp": pl.Int64, "rating": pl.Float32}
     return Dataset.build(
@@ -181,4 +204,4 @@ def place(items: str) -> np.ndarray:
 
 
 def users_config(**changes: object) -> UsersConfig:
-    return UsersConfig.model_validate({"last": 12, "window": 4, "step": 4, "recent": 3, **changes})
+    return UsersConfig.model_validate({"window": 4, "step": 4, "recent": 3, **changes})

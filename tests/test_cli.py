@@ -8,51 +8,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from lancedb.table import LanceTable
 from PIL import Image
 
-from mllm_srec import Recommender, Workspace, __version__, cli
+from conftest import Command
+from mllm_srec import Recommender, Workspace, __version__
 from mllm_srec.data.images import MAX_RATIO
 from mllm_srec.recommender import Recommendation
 from mllm_srec.users import WINDOWS
 
 STAGES = ("describe", "comprehend", "retrieve", "train", "evaluate", "run")
-
-
-class Ended(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Ended]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """`mllm-srec ARGUMENTS` in this process, through `main`."""
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # what `main` would set for good
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-
-    def call(*arguments: object) -> Ended:
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["mllm-srec", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capfd.readouterr()
-        assert "Traceback" not in err
-        code = ended.value.code
-        return Ended(code if isinstance(code, int) else 0, out, err)
-
-    return call
 
 
 def set_all(overrides: tuple[str, ...]) -> list[str]:
@@ -434,7 +402,7 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
     assert f"error: disk full while writing {copied}/store/" in ended.err
     assert ": free space, then run the same command again; finished rows are kept\n" in ended.err
     assert windows.equals(Workspace.open(copied).rows(WINDOWS))
-    back = ("--set", "users.window=10", "--set", "users.step=10", "--json")
+    back = ("--set", "users.window=6", "--set", "users.step=3", "--json")
     with monkeypatch.context() as patch:
         patch.setattr("mllm_srec.store_files.os.fsync", full)
         ended = command("run", copied, *back)

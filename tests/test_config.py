@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllm_srec.config import PRESETS, Config, Questions, build_config, dump_config, load_config, read_yaml
+from mllm_srec.config import PRESETS, Config, Questions, UsersConfig, build_config, dump_config, load_config, read_yaml
 from mllm_srec.errors import UsageError
 
 SECTIONS = [name for name, field in Config.model_fields.items() if hasattr(field.annotation, "model_fields")]
@@ -28,7 +28,7 @@ def test_every_preset_comes_back_from_its_yaml(tmp_path: Path, preset: str) -> N
 
 
 @given(
-    last=st.integers(1, 10**6),
+    hours=st.floats(0.1, 1e6),
     window=st.integers(1, 1000),
     rate=st.floats(1e-12, 1e6),
     cutoffs=st.lists(st.integers(1, 10**6), min_size=1),
@@ -37,7 +37,7 @@ def test_every_preset_comes_back_from_its_yaml(tmp_path: Path, preset: str) -> N
 )
 def test_any_configuration_comes_back_from_its_yaml(
     tmp_path_factory: pytest.TempPathFactory,
-    last: int,
+    hours: float,
     window: int,
     rate: float,
     cutoffs: list[int],
@@ -46,7 +46,7 @@ def test_any_configuration_comes_back_from_its_yaml(
 ) -> None:
     values = {
         "model": {"name": name},
-        "users": {"last": last, "window": window, "step": window},
+        "users": {"windows": "session", "session_hours": hours, "window": window, "step": window},
         "training": {"learning_rate": rate},
         "evaluation": {"cutoffs": cutoffs, "users": users},
     }
@@ -60,14 +60,18 @@ def test_any_configuration_comes_back_from_its_yaml(
 def test_the_default_is_the_embedded_model_at_its_small_size() -> None:
     config = load_config()
     assert config == Config() == load_config(preset="embedded")
-    assert (config.model.name, config.users.window, config.retrieval.candidates) == ("embedded", 10, 20)
+    assert (config.model.name, config.users.window, config.retrieval.candidates) == ("embedded", 6, 20)
+    assert config.users == UsersConfig(
+        windows="count", window=6, step=3, session_hours=24, summary="generate", recent=5
+    )
 
 
 def test_a_preset_changes_its_keys_and_no_others() -> None:
     config = load_config(preset="gpu")
     assert config.model.name == "Qwen/Qwen3-VL-2B-Instruct"
     assert config.items.questions == get_args(Questions)
-    assert (config.users.last, config.users.step, config.users.window) == (50, 5, 10)
+    assert (config.users.step, config.users.window, config.users.summary_tokens) == (5, 10, 48)
+    assert config.users.windows == Config().users.windows
     assert config.data == Config().data
     assert config.evaluation == Config().evaluation
 
@@ -83,9 +87,11 @@ def test_a_server_writes_and_is_not_trained() -> None:
 
 
 def test_later_sources_win_key_by_key(tmp_path: Path) -> None:
-    file = write(tmp_path / "c.yaml", "users: {step: 2, last: 7}\nseed: 4\n")
-    config = load_config(file, "gpu", ("users.last=9", "users.last=8", "items.questions=[kind]", "evaluation.users=3"))
-    assert (config.users.step, config.users.last, config.users.summary) == (2, 8, "generate")
+    file = write(tmp_path / "c.yaml", "users: {step: 2, recent: 7}\nseed: 4\n")
+    config = load_config(
+        file, "gpu", ("users.recent=9", "users.recent=8", "items.questions=[kind]", "evaluation.users=3")
+    )
+    assert (config.users.step, config.users.recent, config.users.window) == (2, 8, 10)
     assert config.items.questions == ("kind",)
     assert (config.seed, config.evaluation.users) == (4, 3)
 
@@ -119,10 +125,10 @@ def test_a_configuration_cannot_be_changed_after_the_fact() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"usres": {"last": 5}}, "unknown key 'usres': did you mean 'users'?"),
-        ({"users": {"lats": 5}}, "unknown key 'users.lats': did you mean 'last'?"),
+        ({"usres": {"window": 5}}, "unknown key 'usres': did you mean 'users'?"),
+        ({"users": {"recnt": 5}}, "unknown key 'users.recnt': did you mean 'recent'?"),
         ({"training": {"learning-rate": 1}}, "unknown key 'training.learning-rate': did you mean 'learning_rate'?"),
-        ({"last": 5}, "unknown key 'last': did you mean 'users.last'?"),
+        ({"recent": 5}, "unknown key 'recent': did you mean 'users.recent'?"),
         ({"data": {"zzz": 1}}, "unknown key 'data.zzz': known keys: repeats, min_history, protocol, tie_rule, on_bad"),
         ({"zzz": 1}, "unknown key 'zzz': known keys: seed, data, model, items, users, retrieval, training, evaluation"),
     ],
@@ -144,19 +150,22 @@ def test_every_section_refuses_unknown_keys_and_what_is_no_section(section: str)
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
     with pytest.raises(UsageError) as error:
-        build_config({"users": {"lats": 5, "window": 0}, "seed": "x"})
-    assert all(place in str(error.value) for place in ("'users.lats'", "'users.window'", "'seed'"))
+        build_config({"users": {"recnt": 5, "window": 0}, "seed": "x"})
+    assert all(place in str(error.value) for place in ("'users.recnt'", "'users.window'", "'seed'"))
 
 
 @pytest.mark.parametrize(
     ("section", "key", "bad", "good"),
     [
-        ("users", "last", 0, 1),
-        ("users", "last", "many", 3),
-        ("users", "last", 2.5, 2),
+        ("users", "recent", "many", 3),
+        ("users", "recent", 2.5, 2),
+        ("users", "windows", "day", "session"),
+        ("users", "session_hours", 0, 0.5),
+        ("users", "session_hours", float("inf"), 1),
+        ("users", "summary_tokens", 3, 4),
         ("users", "summary", "rhyme", "generate"),
         ("users", "recent", -1, 0),
-        ("users", "step", 11, 10),
+        ("users", "step", 7, 6),
         ("data", "min_history", 2, 3),
         ("data", "repeats", "last", "keep"),
         ("data", "protocol", "random", "global_time"),
@@ -220,6 +229,11 @@ def test_a_step_that_would_leave_events_out_is_refused() -> None:
     assert load_config(overrides=("users.window=5", "users.step=5")).users.step == 5
 
 
+def test_a_key_of_an_earlier_version_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"unknown key 'users\.last'"):
+        load_config(overrides=("users.last=30",))
+
+
 def test_an_unknown_preset_is_refused() -> None:
     with pytest.raises(UsageError, match="unknown preset 'cpu': choose one of embedded, gpu"):
         load_config(preset="cpu")
@@ -228,13 +242,13 @@ def test_an_unknown_preset_is_refused() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("users.last", "'users.last' is not of the form section.key=value"),
+        ("users.recent", "'users.recent' is not of the form section.key=value"),
         ("=3", "'=3' is not of the form section.key=value"),
-        ("usres.last=3", "--set usres.last=3: unknown key 'usres': did you mean 'users'?"),
-        ("last=3", "--set last=3: unknown key 'last': did you mean 'users.last'?"),
-        ("users.last.most=3", "--set users.last.most=3: 'users.last': Input should be a valid integer"),
+        ("usres.recent=3", "--set usres.recent=3: unknown key 'usres': did you mean 'users'?"),
+        ("recent=3", "--set recent=3: unknown key 'recent': did you mean 'users.recent'?"),
+        ("users.recent.most=3", "--set users.recent.most=3: 'users.recent': Input should be a valid integer"),
         ("users=3", "--set users=3: 'users': Input should be a valid dictionary"),
-        ("users.last=", "--set users.last=: 'users.last': Input should be a valid integer"),
+        ("users.recent=", "--set users.recent=: 'users.recent': Input should be a valid integer"),
         ("items.questions=[kind", "--set items.questions=[kind: the value is not readable as YAML"),
     ],
 )
@@ -245,10 +259,10 @@ def test_an_override_that_cannot_be_used_is_named(override: str, message: str) -
 
 
 def test_a_bad_file_is_named_beside_good_overrides(tmp_path: Path) -> None:
-    file = write(tmp_path / "c.yaml", "users: {lats: 3}\n")
+    file = write(tmp_path / "c.yaml", "users: {recnt: 3}\n")
     with pytest.raises(UsageError) as error:
         load_config(file, overrides=("seed=1",))
-    assert str(error.value).startswith(f"{file}, --set seed=1: unknown key 'users.lats'")
+    assert str(error.value).startswith(f"{file}, --set seed=1: unknown key 'users.recnt'")
 
 
 @pytest.mark.parametrize(
@@ -257,7 +271,7 @@ def test_a_bad_file_is_named_beside_good_overrides(tmp_path: Path) -> None:
         (b"- users\n- items\n", "expected 'section:' mappings, found list"),
         (b"just words\n", "expected 'section:' mappings, found str"),
         (b"3\n", "expected 'section:' mappings, found int"),
-        (b"users: {last: 3\n", "not readable as YAML"),
+        (b"users: {recent: 3\n", "not readable as YAML"),
         (b"users: \xff\xfe\n", "not readable as YAML"),
         (b"!!python/object/apply:os.getcwd []\n", "not readable as YAML"),
     ],

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fakes import FakeMllm, make_shop, png, shown
 from mllm_srec.config import Config, ItemsConfig, ModelConfig, Questions
 from mllm_srec.errors import ModelError
-from mllm_srec.items import ITEM_TEXTS, Catalogue, describe, domain_of, first_words, load_items
+from mllm_srec.items import ITEM_TEXTS, describe, domain_of, first_words, load_items
 from mllm_srec.mllm.base import Answer, PartialFailure, Prompt, Question
 from mllm_srec.prompts import items as prompts
 from mllm_srec.workspace import Counts, Workspace
@@ -275,11 +275,6 @@ def test_contradictions_stay_marked_are_counted_and_are_not_described(
     assert [made[key]["visual"] for key in ("kind", "colour", "fine")] == ["blue", "running shoe", "red running shoe"]
     assert {a["question"]: a["answer"] for a in made["colour"]["seen"]} == {"kind": "running shoe", "colour": "red"}
     assert not any("bag" in shown(prompt) for prompt in eyes.generated)  # the fusing model is not told either
-    assert Catalogue.load(workspace).facts == [
-        ["hat", "blue"],
-        ["pair of shoes", "green"],
-        ["pair of shoes", "red"],
-    ]
     said = "describe: picture and text contradict each other in 2 of 3 items"
     assert said in capsys.readouterr().err.splitlines()
     describe(workspace, eyes)
@@ -339,54 +334,3 @@ def test_an_item_of_which_nothing_is_known_is_not_written_about(tmp_path: Path) 
     made = rows(workspace)
     assert [made[key]["status"] for key in ("empty", "lost", "broken")] == ["skipped", "skipped", "ok"]
     assert len(eyes.generated) == 4
-
-
-# The catalogue
-
-
-def test_the_catalogue_keeps_the_datasets_order_and_tells_every_item_in_one_line(tmp_path: Path) -> None:
-    workspace = shop(tmp_path)
-    describe(workspace, Eyes())
-    catalogue = Catalogue.load(workspace)
-    assert catalogue.ids == ["both", "text", "picture", "empty", "lost", "broken"]
-    nameless = ["item without text"] * 3
-    assert catalogue.lines == ["Trail shoe low (Shoes)", "Wool scarf (Scarves)", *nameless, "Hat"]
-    assert catalogue.candidates == [
-        "Trail shoe low. Shoes. Light sole. Picture: red running shoe.",
-        "Wool scarf. Scarves. Warm for winter.",
-        "Picture: blue bag.",
-        "item without text.",
-        "item without text.",
-        "Hat.",
-    ]
-    assert catalogue.embedding_texts == [
-        "Trail shoe low. Shoes. Light sole.",
-        "Wool scarf. Scarves. Warm for winter.",
-        "Picture: blue bag.",
-        "",
-        "",
-        "Hat",
-    ]
-
-
-def test_facts_come_from_category_text_and_picture_with_their_share_of_the_catalogue(tmp_path: Path) -> None:
-    shop_items = [
-        {"item_id": f"i{n}", "title": "Wool hat" if n < 3 else "Thing", "category": "Hats, Warm" if n < 2 else ""}
-        for n in range(16)
-    ]
-    shop_items[0]["image"] = "red"
-    shop_items[3]["image"] = "blue"
-    workspace = make_shop(tmp_path, shop_items, {"u": [("i0", 1, None)]}, pictures=FILES)
-    describe(
-        workspace, Eyes(sees={(RED_HASH, KIND): "sun hat", (RED_HASH, COLOUR): "red", (BLUE_HASH, KIND): "T-shirt"})
-    )
-    catalogue = Catalogue.load(workspace)
-    assert catalogue.facts[:5] == [
-        ["hats", "warm", "hat", "wool", "red"],
-        ["hats", "warm", "hat", "wool"],
-        ["hat", "wool"],
-        ["t-shirt"],  # facts are in lower case
-        [],
-    ]
-    counts = {"hats": 2, "warm": 2, "hat": 3, "wool": 3, "red": 1, "t-shirt": 1}
-    assert catalogue.base_rate == {fact: n / 16 for fact, n in counts.items()}

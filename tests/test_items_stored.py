@@ -1,28 +1,14 @@
 """What stage 1 has stored is made again only where it failed or no longer holds."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
-from fakes import FakeEncoder, shown, vectors
+from fakes import shown
 from mllm_srec import items
 from mllm_srec.config import ItemsConfig
-from mllm_srec.errors import StoreError
-from mllm_srec.items import (
-    EMBEDDINGS,
-    ITEM_TEXTS,
-    Catalogue,
-    describe,
-    embed,
-    embed_fused,
-    load_embeddings,
-    load_items,
-)
-from mllm_srec.mllm.base import Answer, Prompt
+from mllm_srec.items import ITEM_TEXTS, describe, load_items
 from mllm_srec.prompts import items as prompts
 from mllm_srec.workspace import Counts
 from test_items import BLUE_HASH, RED_HASH, Eyes, asked_of, rows, shop
@@ -108,79 +94,3 @@ def test_only_the_item_that_changed_is_made_again(
     prefixes = dict.fromkeys(shown(prefix) for prefix, _ in again.asked)
     assert list(prefixes) == ([f"Picture: <{looked_at}>", prompts.NO_PICTURE] if looked_at else [])
     assert len(again.asked) == 3 * len(prefixes)
-
-
-def test_a_missing_description_is_named(tmp_path: Path) -> None:
-    class Stumbling(Eyes):
-        def ask(self, prefixes: Sequence[Prompt], *others: Any) -> list[list[Answer]]:
-            if any(BLUE_HASH in shown(prefix) for prefix in prefixes):
-                raise RuntimeError("out of memory")
-            return super().ask(prefixes, *others)
-
-    workspace = shop(tmp_path, batch_size=2)
-    with pytest.raises(RuntimeError):
-        describe(workspace, Stumbling())
-    with pytest.raises(StoreError, match=r"4 of 6 items have no description \(first: 'picture'\): run `mllm-srec desc"):
-        Catalogue.load(workspace)
-    assert describe(workspace, Eyes()) == Counts(reused=2, made=4, failed=0)
-    assert len(Catalogue.load(workspace).ids) == 6
-
-
-def test_embeddings_are_stored_in_the_catalogues_order_and_reused(tmp_path: Path) -> None:
-    workspace = shop(tmp_path)
-    describe(workspace, Eyes())
-    catalogue = Catalogue.load(workspace)
-    with pytest.raises(StoreError, match=r"6 items have no embedding \(first: 'both'\): run `mllm-srec retrieve`"):
-        load_embeddings(workspace, catalogue)
-    encoder = FakeEncoder()
-    made = embed(workspace, encoder, catalogue)
-    assert made.dtype == np.float32
-    np.testing.assert_array_equal(made, vectors(catalogue.embedding_texts))
-    np.testing.assert_array_equal(load_embeddings(workspace, catalogue), made)
-    embed(workspace, encoder, catalogue)
-    assert encoder.encoded == catalogue.embedding_texts
-    changed = [*catalogue.embedding_texts[:-1], "Cap"]
-    embed(workspace, encoder, replace(catalogue, embedding_texts=changed))
-    assert encoder.encoded[6:] == ["Cap"]
-    other = FakeEncoder("encoder-2")
-    embed(workspace, other, catalogue)
-    assert len(other.encoded) == 6
-
-
-def test_the_models_own_vectors_read_picture_and_text_and_are_centred(tmp_path: Path) -> None:
-    workspace = shop(tmp_path, embedding="model")
-    describe(workspace, Eyes())
-    catalogue = Catalogue.load(workspace)
-    model = Eyes()
-    made = embed_fused(workspace, model, catalogue)
-    raw = vectors(
-        [
-            f"Picture: <{RED_HASH}>\nTrail shoe low. Shoes. Light sole.",
-            "Wool scarf. Scarves. Warm for winter.",
-            f"Picture: <{BLUE_HASH}>\nPicture: blue bag.",
-            "",
-            "",
-            "Hat",
-        ]
-    )
-    centred = raw - raw.mean(0)
-    np.testing.assert_allclose(made, centred / np.linalg.norm(centred, axis=1, keepdims=True), atol=1e-6)
-    np.testing.assert_array_equal(load_embeddings(workspace, catalogue), made)
-    shop_with = replace(catalogue, pictures=[BLUE_HASH, *catalogue.pictures[1:]])
-    before = workspace.rows(EMBEDDINGS).to_dicts()
-    embed_fused(workspace, model, shop_with)  # another picture: that item's vector alone is made again
-    changed = [old["key"] for old, new in zip(before, workspace.rows(EMBEDDINGS).to_dicts(), strict=True) if old != new]
-    assert changed == ["both"]
-
-
-def test_content_may_compare_what_was_seen_too(tmp_path: Path) -> None:
-    workspace = shop(tmp_path, embedding="description")
-    describe(workspace, Eyes())
-    assert Catalogue.load(workspace).embedding_texts == [
-        "Trail shoe low. Shoes. Light sole. Picture: red running shoe.",
-        "Wool scarf. Scarves. Warm for winter.",
-        "Picture: blue bag.",
-        "",
-        "",
-        "Hat",
-    ]

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from mllm_srec import items, pipeline, users
+from mllm_srec import catalogue, items, pipeline, users
 from mllm_srec.config import load_config
 from mllm_srec.data.readers import read
 from mllm_srec.errors import DataError, StoreError, UsageError
@@ -60,7 +60,7 @@ def changed(folder: Path, *overrides: str) -> Workspace:
 
 
 def produced(workspace: Workspace) -> dict[str, pl.DataFrame]:
-    tables = (items.ITEM_TEXTS, items.EMBEDDINGS, users.WINDOWS, users.STATES, SCORES, PRIORS)
+    tables = (items.ITEM_TEXTS, catalogue.EMBEDDINGS, users.WINDOWS, users.STATES, SCORES, PRIORS)
     return {table.name: workspace.rows(table) for table in tables}
 
 
@@ -285,7 +285,7 @@ def by_hand(data: Path, embeddings: dict[str, np.ndarray]) -> dict[str, dict[str
 
 
 def test_the_plain_systems_equal_a_computation_from_the_files(finished: Path, shop_data: Path) -> None:
-    rows = Workspace.open(finished).rows(items.EMBEDDINGS)
+    rows = Workspace.open(finished).rows(catalogue.EMBEDDINGS)
     vectors = {key: np.array(vector) for key, vector in rows.select("key", "vector").iter_rows()}
     measured = json.loads((finished / "runs/main/metrics.json").read_text())["systems"]
     for system, row in by_hand(shop_data, vectors).items():
@@ -352,7 +352,7 @@ def test_nothing_of_validation_or_test_is_in_a_training_record(copied: Path, mon
     histories = trained.histories
     number = {user: at for at, user in enumerate(histories.users)}
     assert len(made) == len(calls) > 24
-    for state, catalogue, position, positive, negatives, history in calls:
+    for state, items_read, position, positive, negatives, history in calls:
         user = number[state.user_id]
         validation = histories.length(user) - 2
         own = histories.of(user)
@@ -363,7 +363,7 @@ def test_nothing_of_validation_or_test_is_in_a_training_record(copied: Path, mon
         assert positive == own[position]
         assert not set(negatives) & {positive, *history.tolist()}
         assert len(set(negatives)) == 3
-        assert catalogue.ids == histories.items
+        assert items_read.ids == histories.items
 
 
 def test_negatives_and_lists_come_from_what_their_targets_may_know(

@@ -12,12 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from fakes import FakeMllm, draw, make_catalogue, make_shop, shown
+from fakes import FakeMllm, draw, make_catalogue, make_shop, make_state, shown
 from mllm_srec import ranking
 from mllm_srec.errors import ModelError
 from mllm_srec.mllm.base import Prompt, Request
 from mllm_srec.prompts import ranking as prompts
-from mllm_srec.prompts import users as user_prompts
 from mllm_srec.ranking import (
     PRIORS,
     SCORES,
@@ -34,15 +33,15 @@ from mllm_srec.ranking import (
     standardise,
     stored_priors,
 )
-from mllm_srec.records import empty_user, ranking_request
-from mllm_srec.users import UserState
+from mllm_srec.records import ranking_request
+from mllm_srec.user_states import NOBODY, UserState
 from mllm_srec.workspace import Workspace
 
 CATALOGUE = make_catalogue(
     a="red shoe", b="red hat", c="red hat wool", d="blue shoe", e="blue", f="red hat wool warm shoe"
 )
 IDS = "".join(CATALOGUE.ids)
-STATE = UserState("u", 4, 7, "likes red; 4 choices so far", "newly turns to hat", ("hat", "red", "wool"), (0, 1))
+STATE = make_state("hat", "red", "wool")
 ALONE = Fusion(1.0, 0.0, 0.0, False)
 
 
@@ -185,7 +184,7 @@ def test_the_choice_is_on_the_grid_and_never_worse_than_retrieval(values: np.nda
 def test_priors_are_read_for_the_empty_user_stored_and_reused(workspace: Workspace) -> None:
     mllm, items = FakeMllm(), place("dbf")
     priors = item_priors(workspace, mllm, CATALOGUE, items)
-    prefix = shown(ranking_request(empty_user(), CATALOGUE, items).prefix)
+    prefix = shown(ranking_request(NOBODY, CATALOGUE, items).prefix)
     for item in items:
         candidate = CATALOGUE.candidates[item]
         np.testing.assert_allclose(priors[item], [draw(prefix, candidate, "odds"), draw(prefix, candidate)])
@@ -205,7 +204,7 @@ def test_stored_priors_are_the_same_and_write_nothing(workspace: Workspace) -> N
     stored = item_priors(workspace, mllm, CATALOGUE, items[:2])
     rows, asked = workspace.rows(PRIORS), len(mllm.scored)
     priors = stored_priors(workspace, mllm, CATALOGUE, items)
-    assert mllm.scored[asked:] == [ranking_request(empty_user(), CATALOGUE, items[2:])]
+    assert mllm.scored[asked:] == [ranking_request(NOBODY, CATALOGUE, items[2:])]
     assert workspace.rows(PRIORS).equals(rows)
     np.testing.assert_array_equal(priors[:2], stored[:2])
     np.testing.assert_array_equal(priors, item_priors(workspace, mllm, CATALOGUE, items))
@@ -225,7 +224,7 @@ def test_priors_that_no_longer_hold_are_read_again(
     if change == "ranking prompts":
         monkeypatch.setattr(prompts, "VERSION", "ranking-next")
     if change == "empty user":
-        monkeypatch.setattr(user_prompts, "NOTHING", "a stranger")
+        monkeypatch.setattr(ranking, "NOBODY", replace(NOBODY, profile="is a stranger"))
     fresh = 1 if change == "item" else 2
     stored_priors(workspace, mllm, catalogue, place("ab"))
     assert [len(request.candidates) for request in mllm.scored] == [fresh]

@@ -18,7 +18,7 @@ from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.pipeline import Pipeline
 from mllm_srec.ranking import Fusion
 from mllm_srec.recommender import Answer, Choices, Recommender, attach_adapter
-from mllm_srec.records import empty_user
+from mllm_srec.user_states import NOBODY
 from mllm_srec.workspace import Workspace, read_manifest
 from tiny_models import tiny_mllm
 
@@ -196,11 +196,11 @@ def test_reasons_cite_facts_of_the_item_and_events_of_the_history(ready: Recomme
     assert cited > 20
 
 
-def test_without_explain_nothing_is_written(ready: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_explain_no_reason_is_written(ready: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
-        raise AssertionError("the model wrote")
+        raise AssertionError("the model gave reasons")
 
-    monkeypatch.setattr(LocalMllm, "generate", refuse)
+    monkeypatch.setattr(recommender_module, "explain", refuse)
     for item in ready.recommend(user="u001").items:
         assert (item.reason, item.reason_by, item.facts, item.events) == (None, None, (), ())
 
@@ -238,9 +238,9 @@ def test_users_are_comprehended_by_the_model_as_it_was_loaded(
     read_by = []
     comprehend = recommender_module.comprehend_history
 
-    def watch(mllm: LocalMllm, *rest: Any) -> Any:
+    def watch(mllm: LocalMllm, *rest: Any, **named: Any) -> Any:
         read_by.append(mllm.identity)
-        return comprehend(mllm, *rest)
+        return comprehend(mllm, *rest, **named)
 
     monkeypatch.setattr(recommender_module, "comprehend_history", watch)
     ready.recommend(user="u001", k=1)
@@ -320,6 +320,6 @@ def test_scores_that_are_no_numbers_are_refused(ready: Recommender, monkeypatch:
         return [np.full((K, 2), np.nan, dtype=np.float32) for _ in requests]
 
     monkeypatch.setattr(LocalMllm, "score", nan)
-    monkeypatch.setattr(recommender_module, "comprehend_history", lambda *_: empty_user())
+    monkeypatch.setattr(recommender_module, "comprehend_history", lambda *_, **__: NOBODY)
     with pytest.raises(ModelError, match=r"not finite: try model.dtype=float32"):
         ready.recommend(user="u001")

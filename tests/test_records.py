@@ -7,28 +7,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fakes import make_catalogue, shown
+from fakes import make_catalogue, make_state, shown
 from mllm_srec.errors import MllmSrecError
+from mllm_srec.prompts import ranking as prompts
+from mllm_srec.prompts import users as user_prompts
 from mllm_srec.records import (
     EVENTS_SHOWN,
     FACTS_SHOWN,
     Evidence,
-    empty_user,
     explain_prompt,
     find_evidence,
     ranking_request,
     rationale,
     training_record,
 )
-from mllm_srec.users import UserState
+from mllm_srec.tastes import Movement
+from mllm_srec.user_states import NOBODY
 
 CATALOGUE = make_catalogue(
     a="red shoe", b="red hat", c="red hat wool", d="blue shoe", e="blue", f="red hat wool warm shoe", g=""
 )
 IDS = "".join(CATALOGUE.ids)
-STATE = UserState(
-    "u", 4, 7, "likes red; 4 choices so far", "newly turns to hat", ("hat", "red", "wool", "warm"), (0, 1)
-)
+STATE = make_state("hat", "red", "wool", "warm")
 
 
 def place(items: str) -> np.ndarray:
@@ -40,21 +40,26 @@ def place(items: str) -> np.ndarray:
 
 def test_the_prompt_holds_profile_preference_recent_items_candidate_and_question() -> None:
     request = ranking_request(STATE, CATALOGUE, place("df"))
-    assert request.prefix.system == "You predict which item a user chooses next."
-    assert request.prefix.parts == (
-        "The user likes red; 4 choices so far.\n"
-        "Lately the user: newly turns to hat.\n"
-        "Last choices, oldest first:\n- a the title\n- b the title\n"
-        "Will the user choose this item next?\nItem: ",
-    )
+    assert request.prefix.system == prompts.SYSTEM
+    recent = ["a the title", "b the title"]
+    assert request.prefix.parts == (prompts.prefix(STATE.profile, STATE.preference, recent),)
     assert request.candidates == ("d the title. blue shoe.", "f the title. red hat wool warm shoe.")
-    assert request.question == "\nYes or No?"
+    assert request.question == prompts.QUESTION
+
+
+def test_the_prompt_tells_how_long_ago_the_last_choice_was_only_where_that_is_known() -> None:
+    wait = 3 * 24 * 3_600_000
+    told = shown(ranking_request(STATE.asked_at(7 + wait), CATALOGUE, [3]).prefix)
+    plain = shown(ranking_request(STATE, CATALOGUE, [3]).prefix)
+    assert told != plain == told.replace(f"{user_prompts.since(wait)}\n", "")
+    timeless = replace(STATE, as_of=None)
+    assert ranking_request(timeless.asked_at(99), CATALOGUE, [3]) == ranking_request(STATE, CATALOGUE, [3])
+    assert user_prompts.since(0) in shown(ranking_request(STATE.asked_at(7), CATALOGUE, [3]).prefix)
 
 
 def test_the_user_of_whom_nothing_is_known_leaves_only_the_item() -> None:
-    request = ranking_request(empty_user(), CATALOGUE, [3])
-    assert "shows no taste yet" in shown(request.prefix)
-    assert "Last choices" not in shown(request.prefix)
+    request = ranking_request(NOBODY, CATALOGUE, [3])
+    assert request.prefix.parts == (prompts.prefix(user_prompts.NOTHING, user_prompts.NOTHING, []),)
     assert not any(line in shown(request.prefix) for line in CATALOGUE.lines)
 
 
@@ -74,7 +79,7 @@ def test_the_chain_of_thought_differs_only_in_its_question() -> None:
     assert cot.system == direct.prefix.system
     assert cot.parts == (
         *direct.prefix.parts,
-        "d the title. blue shoe.\nWhich facts meet or miss the taste? Then Yes or No.",
+        "d the title. blue shoe." + prompts.QUESTION_COT,
     )
 
 
@@ -97,11 +102,19 @@ def test_evidence_by_hand(item: str, history: str, meets: tuple[str, ...], like:
     assert found == Evidence(meets, tuple(place(like)))
 
 
+def test_tastes_count_in_the_order_rising_staying_shown_and_stable_and_fading_ones_do_not() -> None:
+    movement = Movement(stays={"shoe": 9.0}, rises={"wool": 1.0}, fades={"blue": 5.0}, lately={"hat": 8.0})
+    state = replace(STATE, movement=movement, stable={"red": 7.0, "hat": 1.0})
+    assert state.phrases == ("wool", "shoe", "hat", "red")
+    assert find_evidence(state, CATALOGUE, IDS.index("f"), place("")).meets == ("wool", "shoe", "hat")
+    assert find_evidence(state, CATALOGUE, IDS.index("e"), place("d")) == Evidence((), ())
+
+
 @given(st.sampled_from(range(len(IDS))), st.text(IDS, max_size=9), st.permutations(STATE.phrases))
 def test_evidence_cites_facts_of_the_item_and_events_of_the_history(
     item: int, history: str, phrases: list[str]
 ) -> None:
-    found = find_evidence(replace(STATE, phrases=tuple(phrases)), CATALOGUE, item, place(history))
+    found = find_evidence(make_state(*phrases), CATALOGUE, item, place(history))
     assert set(found.meets) <= set(CATALOGUE.facts[item]) & set(phrases)
     assert set(found.like) <= set(place(history).tolist()) - {item}
     assert (len(found.meets) <= FACTS_SHOWN, len(found.like) <= EVENTS_SHOWN) == (True, True)

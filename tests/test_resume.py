@@ -12,7 +12,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from mllm_srec import items, ranking, users
+from mllm_srec import catalogue, items, ranking, users
 from mllm_srec.config import load_config
 from mllm_srec.errors import StoreError
 from mllm_srec.pipeline import Pipeline
@@ -20,8 +20,7 @@ from mllm_srec.workspace import Workspace
 
 TABLES = (
     items.ITEM_TEXTS,
-    items.EMBEDDINGS,
-    users.PHRASES,
+    catalogue.EMBEDDINGS,
     users.WINDOWS,
     users.STATES,
     ranking.SCORES,

@@ -1,335 +1,296 @@
-"""Stage 2: windows are anchored, phrases and movement are what the formulas say, and a state puts them in words."""
+"""Windows are summarised soundly or by the rule; a state of any past moment is the stored one; timelines are whole."""
 
-import math
-import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from fakes import CATALOGUE, IDS, FakeMllm, make_dataset, place, shown
+from fakes import CATALOGUE, IDS, Event, FakeMllm, make_shop, place, shown
 from fakes import users_config as config
-from mllm_srec.config import UsersConfig
-from mllm_srec.data.dataset import Histories
-from mllm_srec.errors import ModelError
+from mllm_srec import users
+from mllm_srec.config import Config
+from mllm_srec.errors import StoreError, UsageError
+from mllm_srec.mllm.base import PartialFailure, Prompt
 from mllm_srec.prompts import users as prompts
+from mllm_srec.user_states import NOBODY, History, Window, movement_of
 from mllm_srec.users import (
-    DAY,
-    PHRASES_PER_LINE,
-    PHRASES_PER_WINDOW,
+    WINDOWS,
     Summary,
-    UserState,
-    Window,
-    build_state,
+    comprehend,
     comprehend_history,
-    cut_windows,
-    disliked_events,
-    low_rating,
-    movement,
-    shared_phrases,
-    stable_tastes,
+    load_states,
+    state_of,
     summarise,
-    window_bounds,
+    timeline,
+    visible,
 )
+from mllm_srec.windows import DAY
+from mllm_srec.workspace import Counts, Workspace
 
 
-def nobody_dislikes(items: Sequence[object]) -> np.ndarray:
-    return np.zeros(len(items), dtype=bool)
+@dataclass
+class Failing(FakeMllm):
+    """Has no answer to prompts that hold one of `fails`."""
+
+    fails: tuple[str, ...] = ()
+
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
+        results = super().generate(prompts, max_new_tokens)
+        errors = {row: "HTTP 500" for row, p in enumerate(prompts) if any(text in shown(p) for text in self.fails)}
+        if errors:
+            raise PartialFailure([None if row in errors else text for row, text in enumerate(results)], errors)
+        return results
 
 
-# Windows
+def shop(folder: Path, log: dict[str, list[Event]], **changes: object) -> Workspace:
+    return make_shop(folder, [{"item_id": item_id} for item_id in IDS], log, Config(users=config(**changes)))
+
+
+def events(items: str, start: int = 0, rating: float | None = None) -> list[Event]:
+    return [(item, (start + n) * DAY, rating) for n, item in enumerate(items)]
+
+
+# Summaries
+
+WINDOW_TEXTS = [
+    Window(0, 2, ("red shoe", "red scarf"), ("red",)),
+    Window(2, 4, ("green hat",), ("hat", "green")),
+    Window(4, 5, ("glove",), ()),
+]
+
+
+def test_a_sound_sentence_is_kept_and_an_invented_or_empty_one_gives_way_to_the_rule() -> None:
+    answers = {"red": "red\n scarfs with  shoe.", "green": "golden hats", "glove": " . "}
+    mllm = FakeMllm(say=lambda p: next(text for word, text in answers.items() if word in shown(p)))
+    assert summarise(mllm, WINDOW_TEXTS, config()) == [
+        Summary("red scarfs with shoe", "model"),
+        Summary(prompts.summary(["hat", "green"]), "rule"),
+        Summary(prompts.NO_TASTE, "rule"),
+    ]
+    assert [prompt.parts for prompt in mllm.generated] == [(window.prompt,) for window in WINDOW_TEXTS]
+    assert {prompt.answer for prompt in mllm.generated} == {prompts.SUMMARY_ANSWER}
 
 
 @pytest.mark.parametrize(
-    ("window", "step", "end", "bounds"),
+    ("written", "by"),
     [
-        (4, 4, 0, []),
-        (4, 4, 1, [(0, 1)]),
-        (4, 4, 4, [(0, 4)]),
-        (4, 4, 5, [(0, 4), (4, 5)]),
-        (4, 4, 12, [(0, 4), (4, 8), (8, 12)]),
-        (4, 2, 3, [(0, 3)]),
-        (4, 2, 4, [(0, 4)]),
-        (4, 2, 5, [(0, 4), (2, 5)]),
-        (4, 2, 6, [(0, 4), (2, 6)]),
-        (4, 2, 7, [(0, 4), (2, 6), (4, 7)]),
-        (1, 1, 2, [(0, 1), (1, 2)]),
+        ("Red scarfs", "model"),
+        (prompts.NO_TASTE, "model"),
+        ("scarfs, or a red hat", "model"),
+        ("a green scarf of silk", "rule"),
+        ("scarfs and violins", "rule"),
     ],
 )
-def test_window_bounds_by_hand(window: int, step: int, end: int, bounds: list[tuple[int, int]]) -> None:
-    assert window_bounds(end, config(last=100, window=window, step=step)) == bounds
+def test_words_of_the_events_and_their_tastes_are_sound(written: str, by: str) -> None:
+    window = Window(0, 1, ("green scarf", "hat"), ("red",))
+    assert summarise(FakeMllm(say=lambda _: written), [window], config())[0].by == by
 
 
-@pytest.mark.parametrize(
-    ("last", "bounds"),
-    [
-        (1, [(8, 10)]),
-        (2, [(8, 10)]),
-        (3, [(4, 8), (8, 10)]),
-        (6, [(4, 8), (8, 10)]),
-        (7, [(0, 4), (4, 8), (8, 10)]),
-    ],
-)
-def test_windows_that_hold_none_of_the_last_events_are_left_out(last: int, bounds: list[tuple[int, int]]) -> None:
-    assert window_bounds(10, config(last=last)) == bounds
+def test_no_more_words_are_asked_for_than_are_configured() -> None:
+    mllm = FakeMllm(say=lambda _: "green green green hat hat hat")
+    assert summarise(mllm, WINDOW_TEXTS[1:2], config(summary_tokens=4))[0].text == "green green green hat"
 
 
-SHAPES = st.builds(
-    lambda last, step, overlap: config(last=last, window=step + overlap, step=step),
-    *(st.integers(least, most) for least, most in ((1, 40), (1, 12), (0, 8))),
-)
+def test_composing_asks_nothing() -> None:
+    mllm = FakeMllm(say=lambda _: "hat")
+    rule = [Summary(prompts.summary(window.tastes), "rule") for window in WINDOW_TEXTS]
+    assert summarise(mllm, WINDOW_TEXTS, config(summary="compose")) == rule
+    assert summarise(None, WINDOW_TEXTS, config(summary="compose")) == rule
+    assert mllm.calls() == 0
 
 
-@given(SHAPES, st.integers(0, 60), st.integers(0, 20))
-def test_a_closed_window_stays_where_it_is(shape: UsersConfig, end: int, more: int) -> None:
-    closed = [b for b in window_bounds(end, shape) if b[1] - b[0] == shape.window]
-    later = window_bounds(end + more, shape)
-    assert [b for b in closed if b[1] > end + more - shape.last] == [b for b in later if b in closed]
+def test_without_the_model_that_is_needed_the_fix_is_named() -> None:
+    with pytest.raises(UsageError, match=r"give the model, or use users\.summary=compose"):
+        summarise(None, WINDOW_TEXTS, config())
+    assert summarise(None, [], config()) == []
 
 
-@given(SHAPES, st.integers(1, 60))
-def test_windows_cover_the_newest_events_and_end_with_the_last(shape: UsersConfig, end: int) -> None:
-    bounds = window_bounds(end, shape)
-    assert bounds[-1][1] == end
-    assert bounds == sorted(bounds)
-    assert all(0 <= start < stop <= end for start, stop in bounds)
-    assert sum(stop - start != shape.window for start, stop in bounds) <= 1
-    covered = {event for start, stop in bounds for event in range(start, stop)}
-    assert covered.issuperset(range(max(0, end - shape.last), end))
-
-
-@given(SHAPES, st.text(IDS, min_size=1, max_size=25), st.text(IDS, max_size=9), st.text(IDS, max_size=9))
-def test_windows_do_not_know_what_comes_later(shape: UsersConfig, past: str, future: str, other: str) -> None:
-    one, two = place(past + future), place(past + other)
-    windows = cut_windows(CATALOGUE, one, one % 2 == 0, shape, len(past))
-    assert windows == cut_windows(CATALOGUE, two, two % 2 == 0, shape, len(past))
-    assert windows == cut_windows(CATALOGUE, one[: len(past)], one[: len(past)] % 2 == 0, shape, len(past))
-
-
-# What a window says
-
-
-def test_shared_phrases_by_hand() -> None:
-    base = {"red": 0.25, "wool": 0.1, "hat": 0.5}
-    window = [["red", "wool"], ["red"], ["red", "hat"], ["hat"]]
-    # red: 3 of 4, s = 3/5; hat: s = 2/5 is below its base rate; wool: one item of four shows no taste
-    assert shared_phrases(window, base) == [("red", round(0.6 * math.log(0.6 / 0.25), 4))]
-    # two items: one that has a fact is enough, s = 1/3
-    assert shared_phrases([["red", "wool"], ["hat"]], base) == [
-        ("wool", round(math.log(1 / 3 / 0.1) / 3, 4)),
-        ("red", round(math.log(1 / 3 / 0.25) / 3, 4)),
-    ]
-    assert shared_phrases([["red", "red"], ["red"], []], base) == [("red", round(0.5 * math.log(2), 4))]
-    assert shared_phrases([], base) == []
-
-
-def test_what_the_catalogue_holds_often_shows_less_taste() -> None:
-    window = [["common", "special"]] * 3
-    assert shared_phrases(window, {"common": 0.5, "special": 0.05}) == [
-        ("special", round(0.75 * math.log(15), 4)),
-        ("common", round(0.75 * math.log(1.5), 4)),
-    ]
-    assert shared_phrases(window, {"common": 0.75, "special": 1.0}) == []
-
-
-def test_the_strongest_phrases_are_kept_and_equal_ones_stand_in_alphabetical_order() -> None:
-    names = [f"f{n}" for n in range(9)]
-    found = shared_phrases([names[::-1]] * 3, dict.fromkeys(names, 0.1))
-    assert [phrase for phrase, _ in found] == names[:PHRASES_PER_WINDOW]
-
-
-def test_dislikes_are_written_down_and_are_no_taste() -> None:
-    disliked = np.array([False, False, True, True])
-    (window,) = cut_windows(CATALOGUE, place("abde"), disliked, config(), 4)
-    assert window.lines == ("a the title", "b the title", "d the title, rated low", "e the title, rated low")
-    # two liked items: red in both (s = 2/3, base 3/9), shoe and hat in one (s = 1/3, at or near the base rate)
-    assert dict(window.phrases)["red"] == round(2 / 3 * math.log(2), 4)
-    assert "blue" not in dict(window.phrases)
-
-
-def histories_of(*ratings: float | None) -> Histories:
-    log = {"u": [(IDS[n], n, rating) for n, rating in enumerate(ratings)]}
-    return make_dataset(Path(), [{"item_id": item_id} for item_id in IDS], log).histories()
-
-
-def test_the_lowest_third_of_the_scale_is_a_dislike() -> None:
-    histories = histories_of(1, 2, None, 2.5, 5)
-    assert low_rating(histories) == pytest.approx(1 + 0.3 * 4)
-    np.testing.assert_array_equal(disliked_events(histories, 0, 2.2), [True, True, False, False, False])
-    np.testing.assert_array_equal(disliked_events(histories, 0, None), [False] * 5)
-
-
-@pytest.mark.parametrize("ratings", [(None, None), (3, 3, None)])
-def test_without_a_scale_nothing_is_a_dislike(ratings: tuple[float | None, ...]) -> None:
-    assert low_rating(histories_of(*ratings)) is None
-
-
-def test_a_phrase_weighs_what_the_window_makes_it_likelier() -> None:
-    def likelihood(before: str, phrase: str) -> float:
-        if before == prompts.EMPTY_WINDOW:
-            return -2.0
-        return {"red": -2.0, "hat": -2.0 + math.log(3), "wool": -2.0 - math.log(4)}[phrase]
-
-    windows = [
-        Window(0, 2, ("a", "b"), (("red", 0.4), ("hat", 0.4), ("wool", 0.5))),
-        Window(2, 4, ("c", "d"), ()),
-        Window(4, 5, ("e",), (("red", 0.2),)),
-    ]
-    asked = FakeMllm(likelihood=likelihood)
-    made = summarise(asked, windows, {"red": -2.0, "hat": -2.0, "wool": -2.0}, config())
+def test_a_window_that_failed_gets_the_rules_text_and_says_why() -> None:
+    made = summarise(Failing(say=lambda _: "red", fails=("green", "glove")), WINDOW_TEXTS, config())
     assert made == [
-        ("hat, red, wool", {"red": 0.2, "hat": 0.3, "wool": 0.1}),
-        ("no common taste", {}),
-        ("red", {"red": 0.1}),
+        Summary("red", "model"),
+        Summary(prompts.summary(["hat", "green"]), "rule", "HTTP 500"),
+        Summary(prompts.NO_TASTE, "rule", "HTTP 500"),
     ]
-    assert [shown(request.prefix) for request in asked.scored] == [
-        "A person chose these items, oldest first:\n- a\n- b\nThis person wants: ",
-        "A person chose these items, oldest first:\n- e\nThis person wants: ",
-    ]
-    assert all(request.question == "" for request in asked.scored)
-    assert asked.generated == []
 
 
-def test_a_written_summary_with_invented_words_falls_back_to_the_phrases() -> None:
-    windows = [
-        Window(0, 2, ("red shoe", "red scarf"), (("red", 0.4),)),
-        Window(2, 4, ("green hat",), (("hat", 0.3), ("green", 0.2), ("warm", 0.1), ("cheap", 0.1))),
-        Window(4, 5, ("glove",), ()),
-    ]
-    answers = {"red": "red\n scarfs with shoe", "green": "golden hats", "glove": ""}
-    asked = FakeMllm(say=lambda p: next(text for word, text in answers.items() if word in shown(p)))
-    made = summarise(asked, windows, {}, config(summary="generate"))
-    assert made == [
-        ("red scarfs with shoe", {"red": 0.4}),
-        ("hat, green, warm", dict(windows[1].phrases)),
-        ("no common taste", {}),
-    ]
-    assert asked.scored == []
-    assert {prompt.answer for prompt in asked.generated} == {"This person wants"}
+def test_a_window_that_failed_is_an_error_row_and_alone_is_asked_again(tmp_path: Path) -> None:
+    workspace = shop(tmp_path, {"u": events("abcd"), "v": events("defg")})
+    failing = Failing(say=lambda _: "title", fails=("g the title",))
+    assert comprehend(workspace, failing, CATALOGUE, [(0, 4), (1, 4)]) == Counts(reused=0, made=1, failed=1)
+    rows = workspace.rows(WINDOWS).select("user_id", "status", "reason", "written_by").rows()
+    assert rows == [("u", "ok", "", "model"), ("v", "error", "HTTP 500", "rule")]
+    before = load_states(workspace, CATALOGUE)
+    again = FakeMllm(say=lambda _: "g the title")
+    assert comprehend(workspace, again, CATALOGUE, [(0, 4), (1, 4)]) == Counts(reused=1, made=1, failed=0)
+    assert ["g the title" in shown(prompt) for prompt in again.generated] == [True]
+    after = load_states(workspace, CATALOGUE)
+    assert after["u", 4] == before["u", 4]
+    assert "now wants g the title" in after["v", 4].preference  # the state is renewed with its window's text
+    assert "g the title" not in before["v", 4].preference
 
 
-@pytest.mark.parametrize("where", ["nothing is known", "oldest first"])
-def test_a_phrase_likelihood_that_is_not_finite_stops_with_the_fix(where: str) -> None:
-    broken = FakeMllm(likelihood=lambda before, _: float("nan") if where in before else -1.0)
-    with pytest.raises(ModelError, match=r"phrases that are not finite: try model.dtype=float32"):
-        comprehend_history(broken, CATALOGUE, place("abc"), config())
+# The state of a moment
+
+LOG: dict[str, list[Event]] = {
+    "ann": [("a", 0, 5.0), ("b", DAY, 1.0), ("c", DAY, None), ("d", 3 * DAY, 2.0), ("a", 5 * DAY, 4.0)],
+    "bob": events("hi"),
+}
+START = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-# What moves and what stays
-
-
-def window(size: int = 4, closed: bool = True, text: str = "", **weights: float) -> Summary:
-    return Summary(size, closed, text, weights)
-
-
-def test_movement_by_hand() -> None:
-    past = [window(red=0.4, hat=0.2), window(red=0.4)]  # belief: red 0.2 -> 0.3, hat 0.1 -> 0.05
-    assert movement([*past, window(red=0.3, wool=0.2)]) == (["red"], ["wool"], ["hat"])
-    assert movement([*past, window(), window()]) == ([], [], ["red"])  # belief: red 0.15, hat 0.025 is forgotten
-    assert movement([*past, window(hat=0.06, red=0.04)]) == (["hat"], [], [])  # red is weak, but not gone
-
-
-def test_two_events_make_nothing_fade() -> None:
-    past = window(red=0.4)
-    assert movement([past, window(2, False, wool=0.2)]) == ([], ["wool"], [])
-    assert movement([past, window(3, False, wool=0.2)]) == ([], ["wool"], ["red"])
-
-
-def test_in_the_first_window_every_taste_is_new() -> None:
-    assert movement([window(red=0.4, hat=0.5, faint=0.04)]) == ([], ["hat", "red"], [])
-    assert len(movement([window(a=1, b=1, c=1, d=1)])[1]) == PHRASES_PER_LINE
-
-
-def test_stable_tastes_are_the_average_over_closed_windows() -> None:
-    closed = [window(red=0.4, hat=0.1), window(red=0.2, wool=0.8, faint=0.08)]
-    assert stable_tastes([*closed, window(2, False, green=9.0)]) == ["wool", "red", "hat"]
-    assert stable_tastes([window(2, False, green=9.0)]) == ["green"]
-    assert stable_tastes([window()]) == []
-
-
-# The state
-
-
-def state(items: str, time: list[int] | None, *summaries: Summary, low: str = "", **changes: object) -> UserState:
-    times = None if time is None else np.array(time, dtype=np.int64)
-    disliked = np.array([item in low for item in items], dtype=bool)
-    found = place(items)
-    return build_state("u", found, times, disliked, len(items), summaries, CATALOGUE, config(**changes))
-
-
-def test_of_a_user_without_events_nothing_is_known() -> None:
-    assert state("", [], last=3) == UserState("u", 0, None, "shows no taste yet", "shows no taste yet", (), ())
-
-
-def test_one_event_has_no_rhythm() -> None:
-    made = state("a", [7], window(1, False, red=0.3))
-    assert made.profile == "likes red; 1 choice so far"
-    assert made.preference == "newly turns to red"
-    assert (made.as_of, made.end, made.phrases, made.recent) == (7, 1, ("red",), (0,))
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return shop(tmp_path, LOG)
 
 
 @pytest.mark.parametrize(
-    ("time", "rhythm"),
+    ("as_of", "end"),
     [
-        ([0, 2 * DAY], ", typically one in 2 days"),
-        ([0, DAY], ", typically one in 1 day"),
-        ([0, DAY // 2], ", typically several a day"),
-        ([5, 5], ", typically several a day"),
-        (None, ""),
+        (None, 5),
+        (0, 0),
+        (3, 3),
+        (5, 5),
+        (START - timedelta(days=9), 0),
+        (START, 1),
+        (START + timedelta(days=1) - timedelta(milliseconds=1), 1),
+        (START + timedelta(days=1), 3),  # both events of that moment
+        (START + timedelta(days=99), 5),
+        (datetime.fromisoformat("1970-01-02T05:00:00+05:00"), 3),
     ],
 )
-def test_the_rhythm_is_the_median_gap(time: list[int] | None, rhythm: str) -> None:
-    assert state("ab", time, window(2, False)).profile == f"has a broad taste; 2 choices so far{rhythm}"
+def test_a_state_is_that_of_the_events_at_or_before_the_moment(
+    workspace: Workspace, as_of: int | datetime | None, end: int
+) -> None:
+    mllm = FakeMllm(say=lambda _: "title")
+    comprehend(workspace, mllm, CATALOGUE, [(0, n) for n in range(6)])
+    asked = mllm.calls()
+    made = users.state(workspace, "ann", as_of, mllm, CATALOGUE)
+    assert made == state_of(load_states(workspace, CATALOGUE), "ann", end)
+    assert made.end == end
+    assert mllm.calls() == asked  # its text is stored
 
 
-def test_a_state_names_what_stays_turns_and_was_rated_low() -> None:
-    days = [n * DAY for n in (0, 3, 6, 9, 9, 9)]
-    made = state("abcdef", days, window(red=0.4, hat=0.4), window(2, False, red=0.2, wool=0.1), low="bef")
-    # four events are settled: three gaps of three days; b is not among the newest four
-    assert made.profile == "likes hat, red; 4 choices so far, typically one in 3 days"
-    assert made.preference == "stays with red; newly turns to wool; rated low e the title, f the title"
-    assert made.phrases == ("red", "wool", "hat")
-    assert made.recent == tuple(place("def"))
-    assert made.as_of == 9 * DAY
+@pytest.mark.parametrize("by", ["fresh", "failed", "other model", "other catalogue"])
+def test_a_text_that_is_not_stored_or_no_longer_holds_is_written_and_not_kept(workspace: Workspace, by: str) -> None:
+    if by != "fresh":
+        mllm = Failing(
+            "fake-0" if by == "other model" else "fake-1", lambda _: "a", fails=("a the",) * (by == "failed")
+        )
+        comprehend(workspace, mllm, CATALOGUE, [(0, 5)])
+    rows = workspace.rows(WINDOWS)
+    catalogue = CATALOGUE
+    if by == "other catalogue":
+        catalogue = replace(CATALOGUE, lines=["another title"] * len(IDS))
+    asked = FakeMllm(say=lambda _: "title")
+    made = users.state(workspace, "ann", None, asked, catalogue)
+    assert len(asked.generated) == 1
+    assert made.preference.endswith("now wants title")
+    assert workspace.rows(WINDOWS).equals(rows)
+    if by == "other model":  # without a model its text is the best there is
+        assert users.state(workspace, "ann", None, None, catalogue).preference.endswith("now wants a")
+    else:
+        with pytest.raises(UsageError, match="give the model"):
+            users.state(workspace, "ann", None, None, catalogue)
 
 
-def test_an_unknown_taste_is_said_to_be_unknown() -> None:
-    made = state("abcd", None, window())
-    assert made.profile == "has a broad taste; 4 choices so far"
-    assert made.preference == "shows no taste yet"
-    assert (made.as_of, made.phrases) == (None, ())
+def test_composed_states_need_no_model_and_no_store(tmp_path: Path) -> None:
+    workspace = shop(tmp_path, LOG, summary="compose")
+    made = users.state(workspace, "ann", 4, catalogue=CATALOGUE)
+    comprehend(workspace, None, CATALOGUE, [(0, 4)])
+    assert made == state_of(load_states(workspace, CATALOGUE), "ann", 4)
 
 
-def test_no_recent_items_are_kept_when_none_are_asked_for() -> None:
-    assert state("abcd", None, window(), recent=0).recent == ()
+@pytest.mark.parametrize(
+    ("user", "as_of", "message"),
+    [
+        ("anne", None, r"unknown user 'anne': did you mean ann\?"),
+        ("zzzzz", None, r"unknown user 'zzzzz'$"),
+        ("ann", 6, r"user 'ann' has 5 events: as_of=6 is out of range"),
+        ("ann", -1, r"user 'ann' has 5 events: as_of=-1 is out of range"),
+        ("ann", datetime(2026, 1, 2), r"as_of 2026-01-02T00:00:00 has no time zone: give one, e\.g\. \+00:00"),
+    ],
+)
+def test_a_moment_that_is_none_of_the_users_is_refused(
+    workspace: Workspace, user: str, as_of: int | datetime | None, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        users.state(workspace, user, as_of, FakeMllm(), CATALOGUE)
 
 
-def test_only_the_last_events_set_the_rhythm() -> None:
-    days = [n * DAY for n in (0, 50, 100, 101)]
-    assert state("abcd", days, window(), last=2).profile.endswith("one in 1 day")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert state("abcd", days, window(), last=1).profile == "has a broad taste; 4 choices so far"
+def test_without_times_only_a_number_of_events_is_a_moment(tmp_path: Path) -> None:
+    workspace = shop(tmp_path, {"u": [(item, None, None) for item in "abc"]})
+    with pytest.raises(UsageError, match=r"no times: give as_of as a number of events"):
+        users.state(workspace, "u", START, FakeMllm(), CATALOGUE)
+    made = users.state(workspace, "u", 2, FakeMllm(), CATALOGUE)
+    assert (made.end, made.as_of) == (2, None)
+    assert visible(History.outside(place("abc")), None) == 3
 
 
-def test_a_written_summary_ends_the_preference() -> None:
-    asked = {"summary": "generate"}
-    made = state("abcd", None, window(text="red hats.", red=0.3), **asked)
-    assert made.preference == "newly turns to red. This person wants red hats"
-    assert state("abcd", None, window(text="no common taste"), **asked).preference == "shows no taste yet"
+def test_the_catalogue_is_read_where_none_is_given(workspace: Workspace) -> None:
+    with pytest.raises(StoreError, match="run `mllm-srec describe`"):
+        users.state(workspace, "ann", None, FakeMllm())
+
+
+# Histories from outside
 
 
 def test_a_history_of_nothing_asks_nothing() -> None:
     mllm = FakeMllm()
-    made = comprehend_history(mllm, CATALOGUE, place(""), config())
-    assert made == UserState("", 0, None, prompts.NOTHING, prompts.NOTHING, (), ())
+    assert comprehend_history(mllm, CATALOGUE, History.outside(place("")), config()) == NOBODY
+    assert comprehend_history(mllm, CATALOGUE, History.outside(place("abc")), config(), end=0) == NOBODY
     assert mllm.calls() == 0
 
 
-def test_a_model_that_writes_is_not_asked_to_score() -> None:
-    mllm = FakeMllm(say=lambda prompt: "title")
-    comprehend_history(mllm, CATALOGUE, place("abcde"), config(summary="generate"))
-    assert (len(mllm.generated), len(mllm.scored)) == (2, 0)
+def test_a_history_costs_one_call_however_long_it_is() -> None:
+    mllm = FakeMllm(say=lambda _: "title")
+    made = comprehend_history(mllm, CATALOGUE, History.outside(place("abcdefghi")), config(step=1))
+    assert len(mllm.generated) == 1
+    assert [f"{item} the title" in shown(mllm.generated[0]) for item in IDS] == [False] * 5 + [True] * 4
+    assert (made.user_id, made.end, made.as_of, made.window_start) == ("", 9, None, 5)
+
+
+# Timelines
+
+
+def test_a_timeline_tells_every_window_and_how_it_moved_the_belief(tmp_path: Path) -> None:
+    workspace = shop(tmp_path, {"u": events("abcabdeded")})
+    mllm = FakeMllm(say=lambda prompt: "e the title" if "e the title" in shown(prompt) else "golden")
+    steps = timeline(workspace, mllm, CATALOGUE, "u")
+    assert [(step.start, step.stop, step.closed) for step in steps] == [(0, 4, True), (4, 8, True), (8, 10, False)]
+    assert [(step.began, step.as_of) for step in steps] == [(0, 3 * DAY), (4 * DAY, 7 * DAY), (8 * DAY, 9 * DAY)]
+    assert [step.written_by for step in steps] == ["rule", "model", "model"]
+    assert [step.summary for step in steps] == [prompts.summary(["red", "shoe"]), "e the title", "e the title"]
+    whole = users.History.of(workspace.dataset().histories(), 0, None)
+    assert [step.movement for step in steps] == [
+        movement_of(whole, step.stop, CATALOGUE, workspace.config.users) for step in steps
+    ]
+    assert len(mllm.generated) == 3
+    timeline(workspace, mllm, CATALOGUE, "u")
+    assert len(mllm.generated) == 3
+    assert load_states(workspace, CATALOGUE)["u", 10].preference.endswith("now wants e the title")
+
+
+def test_a_window_that_is_just_full_is_closed(tmp_path: Path) -> None:
+    workspace = shop(tmp_path, {"u": [(item, None, None) for item in "abcdefgh"]}, summary="compose")
+    steps = timeline(workspace, None, CATALOGUE, "u")
+    assert [step.closed for step in steps] == [True, True]
+    assert [(step.began, step.as_of) for step in steps] == [(None, None)] * 2
+
+
+def test_a_timeline_of_nobody_is_refused(workspace: Workspace) -> None:
+    with pytest.raises(UsageError, match=r"unknown user 'bop': did you mean bob\?"):
+        timeline(workspace, FakeMllm(), CATALOGUE, "bop")
+    assert len(timeline(workspace, FakeMllm(), CATALOGUE, "bob")) == 1
+
+
+def test_a_state_that_was_not_made_is_named(workspace: Workspace) -> None:
+    assert load_states(workspace, CATALOGUE) == {}
+    comprehend(workspace, FakeMllm(), CATALOGUE, [(0, 2)])
+    states = load_states(workspace, CATALOGUE)
+    np.testing.assert_array_equal(state_of(states, "ann", 2).recent, place("ab"))
+    with pytest.raises(StoreError, match=r"user 'ann' has no state after 3 events: run `mllm-srec comprehend`"):
+        state_of(states, "ann", 3)

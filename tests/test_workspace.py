@@ -115,11 +115,11 @@ def test_a_data_set_comes_back_as_it_was(shop: Workspace) -> None:
 
 def test_open_reads_the_configuration_that_was_saved(shop: Workspace) -> None:
     assert Workspace.open(shop.root).config == Config(seed=3)
-    shop.save_config(Config(users=UsersConfig(last=7)))
-    assert shop.config.users.last == 7
+    shop.save_config(Config(users=UsersConfig(window=7)))
+    assert shop.config.users.window == 7
     assert Workspace.open(shop.root).config == shop.config
-    (shop.root / "config.yaml").write_text("users: {lats: 7}\n")
-    with pytest.raises(UsageError, match=r"config.yaml: unknown key 'users.lats': did you mean 'last'"):
+    (shop.root / "config.yaml").write_text("users: {widnow: 7}\n")
+    with pytest.raises(UsageError, match=r"config.yaml: unknown key 'users.widnow': did you mean 'window'"):
         Workspace.open(shop.root)
 
 
@@ -261,6 +261,10 @@ def test_keys_are_never_part_of_a_query(shop: Workspace) -> None:
     shop.produce(WORDS, [replace(job, fingerprint="2") for job in jobs], Compute(), 4, "words")
     assert shop.rows(WORDS)["key"].to_list() == sorted(ODD_KEYS)
     assert set(shop.rows(WORDS)["fingerprint"]) == {"2"}
+    found = [shop.row(WORDS, key) for key in ODD_KEYS]
+    assert [row and (row["key"], row["vector"]) for row in found] == [(k, [n] * 2) for n, k in enumerate(ODD_KEYS)]
+    assert [shop.row(WORDS, key) for key in ("it's' OR key != '", "it", "")] == [None] * 3
+    assert shop.row(Table("others", WORDS.columns), ODD_KEYS[0]) is None  # no such table yet
 
 
 @pytest.mark.parametrize("raises", [RuntimeError, KeyboardInterrupt])

@@ -5,6 +5,8 @@ import math
 import os
 import sys
 import warnings
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +14,8 @@ import typer
 
 if TYPE_CHECKING:
     from mllm_srec.recommender import Answer
+    from mllm_srec.user_states import UserState
+    from mllm_srec.users import Step
 
 app = typer.Typer(
     help="Next-item recommendation with a multimodal large language model.",
@@ -29,6 +33,7 @@ SetOption = Annotated[
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="A YAML file of configuration keys.")]
 
 SKIPPED_SHOWN = 10
+TASTES_SHOWN = 5
 
 
 @app.command()
@@ -91,7 +96,7 @@ def _change_config(workspace: Any, change: list[str] | None) -> None:
         workspace.save_config(settings)
 
 
-def _stage(path: Path, change: list[str] | None, name: str) -> Any:
+def _stage(path: Path, change: list[str] | None, name: str, *arguments: str) -> Any:
     """Run one stage, by its method's name, under the workspace's lock."""
     from mllm_srec.pipeline import Pipeline
     from mllm_srec.workspace import Workspace
@@ -100,7 +105,7 @@ def _stage(path: Path, change: list[str] | None, name: str) -> Any:
     with workspace.writing():
         _change_config(workspace, change)
         pipeline: Pipeline = Pipeline(workspace)
-        return getattr(pipeline, name)()
+        return getattr(pipeline, name)(*arguments)
 
 
 @app.command()
@@ -110,9 +115,23 @@ def describe(workspace: WorkspaceArgument, change: SetOption = None) -> None:
 
 
 @app.command()
-def comprehend(workspace: WorkspaceArgument, change: SetOption = None) -> None:
+def comprehend(
+    workspace: WorkspaceArgument,
+    user: Annotated[str | None, typer.Option(help="Print the timeline of this user of the log instead.")] = None,
+    change: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Stage 2: histories become window summaries, dynamic preferences and profiles."""
-    _stage(workspace, change, "comprehend")
+    if user is None:
+        _stage(workspace, change, "comprehend")
+        return
+    from dataclasses import asdict
+
+    steps, state = _stage(workspace, change, "timeline", user)
+    if as_json:
+        typer.echo(json.dumps({"windows": [asdict(step) for step in steps], "state": asdict(state)}, indent=2))
+    else:
+        print_timeline(user, steps, state)
 
 
 @app.command()
@@ -261,6 +280,29 @@ def print_metrics(result: dict[str, Any]) -> None:
         f"content weight {chosen['content_weight']}, fusion {chosen['fusion']}.",
         highlight=False,
     )
+
+
+def print_timeline(user: str, steps: "Sequence[Step]", state: "UserState") -> None:
+    """One user's windows, oldest first: what each was after, what rose and what faded; then the state."""
+
+    def day(time: int | None) -> str:
+        return "" if time is None else f"{datetime.fromtimestamp(time / 1000, UTC):%Y-%m-%d}"
+
+    typer.echo(f"User {user}: {state.end} events, {len(steps)} windows")
+    for step in steps:
+        when = f", {day(step.began)} to {day(step.as_of)}" if step.as_of is not None else ""
+        still = "" if step.closed else ", open"
+        typer.echo(f"  events {step.start + 1}-{step.stop}{when}{still}: {step.summary} (by {step.written_by})")
+        for name in ("stays", "rises", "fades"):
+            found = getattr(step.movement, name)
+            if found:
+                listed = ", ".join(f"{fact} ({strength:.1f})" for fact, strength in list(found.items())[:TASTES_SHOWN])
+                typer.echo(f"      {name}: {listed}")
+    typer.echo(f"  profile:    {state.profile}")
+    typer.echo(f"  lately:     {state.preference}")
+    by = dict(zip(("picture", "text", "both"), state.by_origin, strict=True))
+    typer.echo("  choices that meet a taste by: " + ", ".join(f"{name} {share:.0%}" for name, share in by.items()))
+    typer.echo("  numbers in brackets: log odds of a taste (0: as likely as not, 3: twenty to one)")
 
 
 def print_answer(answer: "Answer") -> None:

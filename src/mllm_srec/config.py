@@ -101,13 +101,15 @@ class ItemsConfig(_Section):
 class UsersConfig(_Section):
     """Stage 2, temporal user comprehension."""
 
-    last: int = Field(30, ge=1)
-    """Newest events that enter a state."""
-    window: int = Field(10, ge=1)
-    step: int = Field(10, ge=1)
+    windows: Literal["count", "session"] = "count"
+    """`count`: `window` events each, a new one every `step` events; `session`: cut at pauses of `session_hours`."""
+    window: int = Field(6, ge=1)
+    """Events in a window; a session ends with as many."""
+    step: int = Field(3, ge=1)
     """Events from one window's start to the next; at most `window`, so that every event is read."""
-    summary: Literal["score", "generate"] = "score"
-    """`score`: the model weighs phrases the window's items share; `generate`: it writes the summary."""
+    session_hours: float = Field(24.0, gt=0, allow_inf_nan=False)
+    summary: Literal["compose", "generate"] = "generate"
+    """`generate`: the model writes each window's summary, checked for invention; `compose`: it is made of the facts."""
     summary_tokens: int = Field(24, ge=4)
     recent: int = Field(5, ge=0)
     """Newest items that enter the ranking prompt in raw short form."""
@@ -176,14 +178,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpu": {
         "model": {"name": "Qwen/Qwen3-VL-2B-Instruct", "batch_size": 128},
         "items": {"questions": _ALL_QUESTIONS, "fusion": "generate", "answer_tokens": 16},
-        "users": {"last": 50, "step": 5, "summary": "generate"},
+        "users": {"window": 10, "step": 5, "summary_tokens": 48},
         "retrieval": {"candidates": 100},
         "training": {"rows": 20000, "learning_rate": 2e-4, "top_layers": 1000},
     },
     "server": {
         "model": {"server": "http://localhost:8000", "name": "Qwen/Qwen3-VL-2B-Instruct", "batch_size": 64},
         "items": {"questions": _ALL_QUESTIONS, "fusion": "generate", "answer_tokens": 16},
-        "users": {"summary": "generate"},
+        "users": {"window": 10, "step": 5, "summary_tokens": 48},
         "training": {"rows": 0},
     },
 }

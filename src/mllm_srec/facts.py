@@ -24,7 +24,10 @@ _FUNCTION_WORDS = frozenset(
         "fit some own just new old one first last day days year years time times way back still again "
         "take takes find finds found come comes become becomes goes going gone keep keeps left right let "
         "against through because during without within around along across off down away yet even much many "
-        "few several every another same like well good great los san mrs",
+        "few several every another same like well good great los san mrs would could should may might shall "
+        "really never always however thing things something someone everything everyone nothing together soon "
+        "put try tries turn turns start starts begin begins tell tells know knows see sees look looks help "
+        "helps need needs want wants meet meets best better",
     )
 )
 
@@ -90,9 +93,16 @@ def content_words(text: str) -> list[str]:
 
 
 def unsupported_words(text: str, *sources: str) -> list[str]:
-    """Content words of `text` (4 letters and more) that no source holds, compared by their first 5 letters."""
+    """Content words of `text` (4 letters and more) that no source holds, compared by their first 5 letters.
+
+    A short word's plural is the same word: "shoes" beside "shoe".
+    """
     known = {word[:5] for source in sources for word in _WORD.findall(source.lower())}
-    return [word for word in content_words(text) if len(word) >= 4 and word[:5] not in known]
+    return [
+        word
+        for word in content_words(text)
+        if len(word) >= 4 and known.isdisjoint((word[:5], f"{word}s"[:5], word.removesuffix("s")[:5]))
+    ]
 
 
 def category_facts(category: str) -> list[str]:

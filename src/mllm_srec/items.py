@@ -1,25 +1,18 @@
-"""Stage 1, item understanding: picture -> answers -> visual summary, + text -> description and facts; the catalogue.
-
-`describe` asks the model and stores one row per item; `Catalogue` is what the later stages read.
-"""
+"""Stage 1, item understanding: picture -> answers -> visual summary, + text -> description and facts."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-import numpy as np
 import pyarrow as pa
 
 from mllm_srec.config import ItemsConfig
 from mllm_srec.data.text import clean
-from mllm_srec.errors import StoreError
-from mllm_srec.facts import Fact, category_facts, keyword_facts, merge, said_in, unsupported_words
+from mllm_srec.facts import Fact, merge, said_in, unsupported_words
 from mllm_srec.looking import Look, Looker
 from mllm_srec.mllm.base import Mllm, PartialFailure, Picture, Prompt
-from mllm_srec.mllm.text_encoder import TextEncoder
 from mllm_srec.progress import say
 from mllm_srec.prompts import items as prompts
-from mllm_srec.prompts import ranking as ranking_prompts
 from mllm_srec.vocabulary import words
 from mllm_srec.workspace import Counts, Job, Table, Workspace, fingerprint
 
@@ -47,8 +40,6 @@ ITEM_TEXTS = Table(
 )
 """`seen`: answers that the picture gave; `visual`: the same in words, without what the text contradicts; `picture`: its
 state; `cleaned`: what was taken out of the item's own text (`data.text.REMOVALS`)."""
-
-EMBEDDINGS = Table("item_embeddings", pa.schema([("vector", pa.list_(pa.float32()))]))
 
 RULES = "1"
 """Raised when the rules of looking or fusing change, so that rows made by the old ones are made again."""
@@ -243,116 +234,3 @@ def load_items(workspace: Workspace) -> list[Item]:
             )
         )
     return items
-
-
-@dataclass(frozen=True)
-class Catalogue:
-    """What the later stages know of the items; all lists are in the order of `Dataset.items`."""
-
-    ids: list[str]
-    lines: list[str]
-    """Raw short form, for histories."""
-    candidates: list[str]
-    """Title, category and fused description, for ranking."""
-    facts: list[list[str]]
-    base_rate: dict[str, float]
-    """Share of the catalogue's items that have a fact."""
-    embedding_texts: list[str]
-    """What content retrieval embeds: "title. category. description", or the fused description where there is none or
-    where the configuration asks for both."""
-    pictures: list[str | None]
-    """Hash of the usable picture."""
-
-    @classmethod
-    def load(cls, workspace: Workspace) -> "Catalogue":
-        """Read items and their texts.
-
-        Raises:
-            StoreError: `describe` has not been run for every item.
-        """
-        items = load_items(workspace)
-        texts = {row["key"]: row for row in workspace.rows(ITEM_TEXTS).iter_rows(named=True)}
-        missing = [item.item_id for item in items if item.item_id not in texts]
-        if missing:
-            raise StoreError(
-                f"{len(missing)} of {len(items)} items have no description (first: {missing[0]!r}): "
-                "run `mllm-srec describe`"
-            )
-        made = [texts[item.item_id] for item in items]
-        words = keyword_facts([f"{i.title} {first_words(i.description, 30)}" for i in items])
-        facts = []
-        for item, row, of_text in zip(items, made, words, strict=True):
-            known = [f["value"] for f in row["facts"] if not (f["contradicted"] and f["origin"] == "picture")]
-            facts.append(list(dict.fromkeys(category_facts(item.category) + of_text + [k.lower() for k in known])))
-        count = Counter(fact for of_item in facts for fact in of_item)
-        full = [". ".join(p for p in (i.title, i.category, i.description) if p) for i in items]
-        both = workspace.config.items.embedding == "description"
-        seen = [prompts.seen(row["visual"]) if both else "" for row in made]
-        return cls(
-            ids=[item.item_id for item in items],
-            lines=[ranking_prompts.line(i.title, i.category) for i in items],
-            candidates=[
-                ranking_prompts.candidate(i.title, i.category, row["description"])
-                for i, row in zip(items, made, strict=True)
-            ],
-            facts=facts,
-            base_rate={fact: n / len(items) for fact, n in count.items()},
-            embedding_texts=[
-                (f"{text.rstrip('. ')}. {more}" if text and more else text or more) or row["description"]
-                for text, more, row in zip(full, seen, made, strict=True)
-            ],
-            pictures=[item.picture_sha256 for item in items],
-        )
-
-
-def embed(workspace: Workspace, encoder: TextEncoder, catalogue: Catalogue) -> np.ndarray:
-    """float32 (I, D), L2-normalised: the items' text embeddings, stored and reused."""
-    jobs = [
-        Job(item_id, fingerprint(text, encoder.identity), text)
-        for item_id, text in zip(catalogue.ids, catalogue.embedding_texts, strict=True)
-    ]
-
-    def compute(batch: list[Job]) -> list[dict[str, object]]:
-        return [{"status": "ok", "reason": "", "vector": v} for v in encoder.encode([job.payload for job in batch])]
-
-    workspace.produce(EMBEDDINGS, jobs, compute, batch=256, label="retrieve: embeddings")
-    return load_embeddings(workspace, catalogue)
-
-
-def embed_fused(workspace: Workspace, mllm: Mllm, catalogue: Catalogue) -> np.ndarray:
-    """float32 (I, D), L2-normalised: the multimodal model's vectors of picture and text together, stored and reused."""
-    jobs = [
-        Job(item_id, fingerprint(text, sha256, prompts.VERSION, mllm.identity), (text, sha256))
-        for item_id, text, sha256 in zip(catalogue.ids, catalogue.embedding_texts, catalogue.pictures, strict=True)
-    ]
-
-    def compute(batch: list[Job]) -> list[dict[str, object]]:
-        asked = []
-        for text, sha256 in (job.payload for job in batch):
-            picture = (prompts.PICTURE, Picture(sha256, workspace.picture(sha256))) if sha256 else ()
-            asked.append(Prompt((*picture, prompts.represent(text, bool(sha256)))))
-        return [{"status": "ok", "reason": "", "vector": vector} for vector in mllm.embed(asked)]
-
-    batch = workspace.config.model.batch_size
-    workspace.produce(EMBEDDINGS, jobs, compute, batch=batch, label="retrieve: embeddings")
-    return load_embeddings(workspace, catalogue)
-
-
-def load_embeddings(workspace: Workspace, catalogue: Catalogue) -> np.ndarray:
-    """float32 (I, D), L2-normalised, as stored by `embed` or `embed_fused`.
-
-    The multimodal model's vectors are centred on the catalogue's mean: what all prompts share says nothing, and is most
-    of them.
-
-    Raises:
-        StoreError: some item has no embedding yet.
-    """
-    rows = {row["key"]: row["vector"] for row in workspace.rows(EMBEDDINGS).iter_rows(named=True)}
-    missing = [item_id for item_id in catalogue.ids if item_id not in rows]
-    if missing:
-        raise StoreError(f"{len(missing)} items have no embedding (first: {missing[0]!r}): run `mllm-srec retrieve`")
-    stored = np.array([rows[item_id] for item_id in catalogue.ids], dtype=np.float32)
-    if workspace.config.items.embedding != "model":
-        return stored
-    centred = stored - stored.mean(0)
-    return np.asarray(centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12), dtype=np.float32)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm_srec import __version__, items, ranking, retrieval, tuning, users
+from mllm_srec import __version__, catalogue, items, ranking, retrieval, tuning, users
 from mllm_srec.config import Config
 from mllm_srec.data.dataset import Dataset, Histories
 from mllm_srec.data.split import Split, Targets, global_time, leave_last_out
@@ -24,6 +24,7 @@ from mllm_srec.mllm.text_encoder import TextEncoder
 from mllm_srec.progress import say
 from mllm_srec.recommender import ADAPTER, CHOICES, RUN, Choices, attach_adapter
 from mllm_srec.records import TrainingRecord, training_record
+from mllm_srec.user_states import UserState, disliked_events, low_rating
 from mllm_srec.workspace import Workspace, atomic_write, write_manifest
 
 RERANKED = "MLLM-SRec"
@@ -76,16 +77,16 @@ class Pipeline:
         return trainable(mllm) if self.config.training.rows else mllm
 
     @cached_property
-    def catalogue(self) -> items.Catalogue:
+    def catalogue(self) -> catalogue.Catalogue:
         """The described items."""
-        return items.Catalogue.load(self.workspace)
+        return catalogue.Catalogue.load(self.workspace)
 
     @cached_property
     def embeddings(self) -> np.ndarray:
         """float32 (I, D): the items' embeddings."""
         if self.config.items.embedding == "model":
-            return items.embed_fused(self.workspace, self.mllm, self.catalogue)
-        return items.embed(self.workspace, TextEncoder(), self.catalogue)
+            return catalogue.embed_fused(self.workspace, self.mllm, self.catalogue)
+        return catalogue.embed(self.workspace, TextEncoder(), self.catalogue)
 
     def describe(self) -> None:
         """Stage 1: one row per item in `item_texts`."""
@@ -116,6 +117,12 @@ class Pipeline:
         pairs = [(int(u), int(e)) for part in wanted for u, e in zip(part.user, part.end, strict=True)]
         self.mllm.drop_adapter()
         users.comprehend(self.workspace, self.mllm, self.catalogue, pairs)
+
+    def timeline(self, user_id: str) -> tuple[list[users.Step], UserState]:
+        """Stage 2 for one user of the log: every window with its text, and the state after all events."""
+        self.mllm.drop_adapter()
+        steps = users.timeline(self.workspace, self.mllm, self.catalogue, user_id)
+        return steps, users.state(self.workspace, user_id, mllm=self.mllm, catalogue=self.catalogue)
 
     def train(self) -> None:
         """Stage 3: LoRA on packed rows; nothing with training.rows=0 or without training targets."""
@@ -224,23 +231,30 @@ class Pipeline:
         targets = self.chosen.training
         if len(targets) == 0:
             return []
-        states, low = users.load_states(self.workspace, self.catalogue), users.low_rating(self.histories)
+        states, low = users.load_states(self.workspace, self.catalogue), low_rating(self.histories)
         retriever = self._retriever(self.split.seen_training)
         seen, wanted = protocol.histories_of(self.histories, targets), protocol.target_items(self.histories, targets)
         negatives = retriever.negatives(seen, wanted, self.config.training.negatives, self.config.seed)
         return [
             training_record(
-                users.state_of(states, self.histories.users[user], int(end)),
+                self._state(states, int(user), int(position), int(end)),
                 self.catalogue,
                 int(position),
                 int(positive),
                 [int(i) for i in row],
-                history[~users.disliked_events(self.histories, user, low)[: len(history)]],
+                history[~disliked_events(self.histories, user, low)[: len(history)]],
             )
             for user, position, end, positive, row, history in zip(
                 targets.user, targets.position, targets.end, wanted, negatives, seen, strict=True
             )
         ]
+
+    def _state(self, states: dict[tuple[str, int], UserState], user: int, position: int, end: int) -> UserState:
+        """The state that a target sees, asked at the target's time."""
+        state = users.state_of(states, self.histories.users[user], end)
+        if self.histories.time is None:
+            return state
+        return state.asked_at(int(self.histories.time[self.histories.offsets[user] + position]))
 
     def _lists(self, targets: Targets, retriever: retrieval.Retriever) -> Lists:
         seen = protocol.histories_of(self.histories, targets)
@@ -253,8 +267,8 @@ class Pipeline:
         states = users.load_states(self.workspace, self.catalogue)
         part = targets.take(np.flatnonzero(lists.held))
         of_targets = [
-            users.state_of(states, self.histories.users[user], int(end))
-            for user, end in zip(part.user, part.end, strict=True)
+            self._state(states, int(user), int(position), int(end))
+            for user, position, end in zip(part.user, part.position, part.end, strict=True)
         ]
         return ranking.score_lists(
             self.workspace,

@@ -14,20 +14,20 @@ import numpy as np
 import pyarrow as pa
 
 from mllm_srec import metrics
+from mllm_srec.catalogue import Catalogue
 from mllm_srec.errors import ModelError
 from mllm_srec.facts import unsupported_words
-from mllm_srec.items import Catalogue
 from mllm_srec.mllm.base import Mllm, Request, check_finite
 from mllm_srec.prompts import ranking as prompts
 from mllm_srec.records import (
     Evidence,
-    empty_user,
     explain_prompt,
     find_evidence,
     ranking_request,
     rationale,
 )
-from mllm_srec.users import UserState, state_key
+from mllm_srec.user_states import NOBODY, UserState
+from mllm_srec.users import state_key
 from mllm_srec.workspace import Job, Table, Workspace, fingerprint
 
 SCORES = Table("scores", pa.schema([("odds", pa.list_(pa.float32())), ("loglik", pa.list_(pa.float32()))]))
@@ -125,10 +125,10 @@ def item_priors(workspace: Workspace, mllm: Mllm, catalogue: Catalogue, items: n
 
     They are stored and reused.
     """
-    jobs = [Job(catalogue.ids[i], _mark(mllm, ranking_request(empty_user(), catalogue, [i])), int(i)) for i in items]
+    jobs = [Job(catalogue.ids[i], _mark(mllm, ranking_request(NOBODY, catalogue, [i])), int(i)) for i in items]
 
     def compute(batch: list[Job]) -> list[dict[str, object]]:
-        scores = mllm.score([ranking_request(empty_user(), catalogue, [job.payload for job in batch])])[0]
+        scores = mllm.score([ranking_request(NOBODY, catalogue, [job.payload for job in batch])])[0]
         return [{"status": "ok", "reason": "", "odds": float(odds), "loglik": float(loglik)} for odds, loglik in scores]
 
     workspace.produce(PRIORS, jobs, compute, batch=64, label="rank: items for the empty user")
@@ -146,12 +146,12 @@ def stored_priors(workspace: Workspace, mllm: Mllm, catalogue: Catalogue, items:
     missing = []
     for i in items:
         row = rows.get(catalogue.ids[i])
-        if row and row["fingerprint"] == _mark(mllm, ranking_request(empty_user(), catalogue, [i])):
+        if row and row["fingerprint"] == _mark(mllm, ranking_request(NOBODY, catalogue, [i])):
             priors[i] = row["odds"], row["loglik"]
         else:
             missing.append(int(i))
     if missing:
-        priors[missing] = mllm.score([ranking_request(empty_user(), catalogue, missing)])[0]
+        priors[missing] = mllm.score([ranking_request(NOBODY, catalogue, missing)])[0]
     return priors
 
 

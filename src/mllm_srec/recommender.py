@@ -8,16 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
+from mllm_srec.catalogue import Catalogue, load_embeddings
 from mllm_srec.config import Config
 from mllm_srec.errors import StoreError, UsageError
-from mllm_srec.items import Catalogue, load_embeddings
 from mllm_srec.mllm.load import load_mllm, trainable
 from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.mllm.remote import RemoteMllm
 from mllm_srec.ranking import Candidates, Fusion, Reason, check_scores, explain, fuse, stored_priors
 from mllm_srec.records import ranking_request
 from mllm_srec.retrieval import Retriever
-from mllm_srec.users import UserState, comprehend_history, disliked_events, low_rating
+from mllm_srec.user_states import History, UserState, low_rating
+from mllm_srec.users import comprehend_history
 from mllm_srec.workspace import Workspace, read_manifest
 
 RUN = "main"
@@ -166,13 +167,12 @@ class Recommender:
                 + (f": did you mean {', '.join(near)}?" if near else ".")
                 + " For somebody new, give a history of item ids (--history)."
             )
-        index = self._users[user]
-        items = self.histories.of(index)
-        time = None if self.histories.time is None else self.histories.time[self.histories.span(index)]
-        low = disliked_events(self.histories, index, self._low)
+        history = History.of(self.histories, self._users[user], self._low)
         with self.mllm.without_adapter():  # as `comprehend` does it: the adapter has learnt to rank, not to summarise
-            state = comprehend_history(self.mllm, self.catalogue, items, self.config.users, user, time, low)
-        return items, items[~low], state
+            state = comprehend_history(self.mllm, self.catalogue, history, self.config.users, workspace=self.workspace)
+        if self.histories.time is not None:  # asked at the end of the log
+            state = state.asked_at(int(self.histories.time.max()))
+        return history.items, history.items[~history.disliked], state
 
     def _outside(self, history: Sequence[str]) -> tuple[np.ndarray, UserState]:
         unknown = [item_id for item_id in history if item_id not in self._place]
@@ -185,7 +185,7 @@ class Recommender:
             )
         items = np.array([self._place[item_id] for item_id in history], dtype=np.int32)
         with self.mllm.without_adapter():
-            return items, comprehend_history(self.mllm, self.catalogue, items, self.config.users)
+            return items, comprehend_history(self.mllm, self.catalogue, History.outside(items), self.config.users)
 
     def _answer(
         self, user: str | None, items: np.ndarray, liked: np.ndarray, state: UserState, k: int, reasons: bool

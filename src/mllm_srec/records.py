@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mllm_srec.catalogue import Catalogue
 from mllm_srec.errors import MllmSrecError
-from mllm_srec.items import Catalogue
 from mllm_srec.mllm.base import Prompt, Request
 from mllm_srec.prompts import ranking as prompts
 from mllm_srec.prompts import users as user_prompts
-from mllm_srec.users import UserState
+from mllm_srec.user_states import UserState
 
 FACTS_SHOWN = 3
 EVENTS_SHOWN = 2
@@ -40,13 +40,9 @@ class TrainingRecord:
 def ranking_request(state: UserState, catalogue: Catalogue, items: Sequence[int] | np.ndarray) -> Request:
     """All candidates of a user in one request, direct form."""
     recent = [catalogue.lines[i] for i in state.recent]
-    prefix = Prompt((prompts.prefix(state.profile, state.preference, recent),), system=prompts.SYSTEM)
+    since = user_prompts.since(state.waited) if state.waited is not None else ""
+    prefix = Prompt((prompts.prefix(state.profile, state.preference, recent, since),), system=prompts.SYSTEM)
     return Request(prefix, tuple(catalogue.candidates[i] for i in items), prompts.QUESTION)
-
-
-def empty_user() -> UserState:
-    """A user of whom nothing is known: the reference that an item's own likelihood is read against."""
-    return UserState("", 0, None, user_prompts.NOTHING, user_prompts.NOTHING, (), ())
 
 
 def find_evidence(state: UserState, catalogue: Catalogue, item: int, history: np.ndarray) -> Evidence:

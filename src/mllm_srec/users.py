@@ -1,26 +1,31 @@
 """Stage 2, temporal user comprehension: windows -> summaries -> dynamic preference and profile (Sci Rep 2025, Fig. 3a).
 
-A state is the user after `end` events: it is made of events [0, end) alone. Windows are anchored at the first event,
-so a closed window never changes, and states at several positions of one history share all their closed windows.
+The model reads each window once and writes what it is after; `user_states` makes the states. Windows do not read each
+other's texts, so windows of all users and depths are written in the same batches.
 """
 
 import json
-import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from difflib import get_close_matches
 
 import numpy as np
 import pyarrow as pa
 
+from mllm_srec.catalogue import Catalogue
 from mllm_srec.config import UsersConfig
-from mllm_srec.data.dataset import Histories
-from mllm_srec.errors import StoreError
+from mllm_srec.errors import StoreError, UsageError
 from mllm_srec.facts import unsupported_words
-from mllm_srec.items import Catalogue
-from mllm_srec.mllm.base import Mllm, Prompt, Request, check_finite
+from mllm_srec.mllm.base import Mllm, PartialFailure, Prompt
+from mllm_srec.progress import say
 from mllm_srec.prompts import users as prompts
-from mllm_srec.workspace import Job, Table, Workspace, fingerprint
+from mllm_srec.tastes import Movement, Strengths
+from mllm_srec.user_states import History, UserState, Window, build_state, low_rating, movement_of, read_window
+from mllm_srec.windows import window_bounds
+from mllm_srec.workspace import Counts, Job, Table, Workspace, fingerprint
+
+STRENGTHS = pa.list_(pa.struct([("fact", pa.string()), ("strength", pa.float64())]))
 
 WINDOWS = Table(
     "user_windows",
@@ -29,12 +34,19 @@ WINDOWS = Table(
             ("user_id", pa.string()),
             ("start", pa.int32()),
             ("stop", pa.int32()),
+            ("as_of", pa.int64()),
             ("summary", pa.string()),
-            ("phrases", pa.list_(pa.string())),
-            ("weights", pa.list_(pa.float32())),
+            ("written_by", pa.string()),
+            ("read", pa.string()),
+            ("tastes", pa.list_(pa.string())),
         ]
     ),
 )
+"""One row per window whose text was needed; it knows events [start, stop), the newest at `as_of` (ms), and no other.
+
+`read`: fingerprint of the instruction alone, whoever followed it.
+"""
+
 STATES = Table(
     "user_states",
     pa.schema(
@@ -42,222 +54,50 @@ STATES = Table(
             ("user_id", pa.string()),
             ("end", pa.int32()),
             ("as_of", pa.int64()),
+            ("window_start", pa.int32()),
             ("profile", pa.string()),
             ("preference", pa.string()),
-            ("phrases", pa.list_(pa.string())),
+            *((name, STRENGTHS) for name in ("stays", "rises", "fades", "lately")),
+            ("stable", STRENGTHS),
+            *((name, pa.float32()) for name in ("by_picture", "by_text", "by_both")),
             ("recent", pa.list_(pa.string())),
         ]
     ),
 )
-PHRASES = Table("phrase_priors", pa.schema([("loglik", pa.float32())]))
-
-PHRASES_PER_WINDOW = 6
-PHRASES_PER_LINE = 3
-NOTICEABLE = 0.05
-"""Nats; a phrase whose weight is below is not called a taste."""
-MEMORY = 0.5
-"""Share of the belief that survives each window."""
-DAY = 86_400_000
-
-
-@dataclass(frozen=True)
-class Window:
-    """Events [start, stop) of one user with what the model reads: one line and the facts per event."""
-
-    start: int
-    stop: int
-    lines: tuple[str, ...]
-    phrases: tuple[tuple[str, float], ...]
-    """What the window's liked items share beyond the catalogue's base rate, with strength in nats."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A comprehended window: its text and the weight of each phrase."""
+    """A window's text, written by "model" or "rule"; `error` where the model failed."""
 
-    size: int
-    closed: bool
     text: str
-    weights: dict[str, float]
+    by: str
+    error: str = ""
 
 
-@dataclass(frozen=True)
-class UserState:
-    """What ranking knows of a user after `end` events; `as_of` is the time (ms UTC) of the newest of them."""
+def summarise(mllm: Mllm | None, windows: Sequence[Window], config: UsersConfig) -> list[Summary]:
+    """One text per window. A sentence with words that neither events nor tastes hold gives way to the rule's.
 
-    user_id: str
-    end: int
-    as_of: int | None
-    profile: str
-    preference: str
-    phrases: tuple[str, ...]
-    """The current tastes by name, strongest first."""
-    recent: tuple[int, ...]
-    """Catalogue positions of the newest items, oldest first."""
-
-
-def closed_windows(end: int, config: UsersConfig) -> int:
-    """How many windows are full after `end` events."""
-    return 0 if end < config.window else (end - config.window) // config.step + 1
-
-
-def window_bounds(end: int, config: UsersConfig) -> list[tuple[int, int]]:
-    """(start, stop) of the windows of events [0, end) that touch its newest `config.last` events.
-
-    Closed windows are [k * step, k * step + window); behind the last closed one stands one open window up to `end`.
+    Raises:
+        UsageError: the model is to write, and none is given.
     """
-    closed = closed_windows(end, config)
-    bounds = [(k * config.step, k * config.step + config.window) for k in range(closed)]
-    if end > (bounds[-1][1] if bounds else 0):
-        bounds.append((closed * config.step, end))
-    return [(start, stop) for start, stop in bounds if stop > end - config.last]
-
-
-def shared_phrases(facts: Sequence[Sequence[str]], base_rate: dict[str, float]) -> list[tuple[str, float]]:
-    """Facts that a window's items share beyond the catalogue's base rate, strongest first.
-
-    Strength in nats: s * ln(s / base) with s = count / (size + 1); the + 1 keeps one or two items from proving a taste.
-    A fact counts when two items have it, or when the window has fewer than three.
-    """
-    count = Counter(fact for of_item in facts for fact in set(of_item))
-    least = 2 if len(facts) >= 3 else 1
-    found = []
-    for fact, n in count.items():
-        share = n / (len(facts) + 1)
-        if n >= least and share > base_rate[fact]:
-            found.append((fact, round(share * math.log(share / base_rate[fact]), 4)))
-    return sorted(found, key=lambda pair: (-pair[1], pair[0]))[:PHRASES_PER_WINDOW]
-
-
-def low_rating(histories: Histories) -> float | None:
-    """The rating at or below which an event is a dislike: the lowest 30 % of the scale; None without a scale.
-
-    The scale (lowest and highest rating anywhere in the log) is taken as a fact of the data set, like its catalogue.
-    """
-    rated = histories.rating[~np.isnan(histories.rating)]
-    if len(rated) == 0 or rated.min() == rated.max():
-        return None
-    return float(rated.min() + 0.3 * (rated.max() - rated.min()))
-
-
-def cut_windows(
-    catalogue: Catalogue, items: np.ndarray, disliked: np.ndarray, config: UsersConfig, end: int
-) -> list[Window]:
-    """The windows of one history as the model will read them; `items` and `disliked` hold at least `end` events."""
-    windows = []
-    for start, stop in window_bounds(end, config):
-        inside = range(start, stop)
-        lines = [
-            prompts.rated_low(catalogue.lines[items[i]]) if disliked[i] else catalogue.lines[items[i]] for i in inside
-        ]
-        liked = [catalogue.facts[items[i]] for i in inside if not disliked[i]]
-        windows.append(Window(start, stop, tuple(lines), tuple(shared_phrases(liked, catalogue.base_rate))))
-    return windows
-
-
-def phrase_likelihoods(mllm: Mllm, phrases: Sequence[str]) -> list[float]:
-    """Mean log-likelihood of each phrase for a person of whom nothing is known."""
-    request = Request(Prompt((prompts.EMPTY_WINDOW,)), tuple(phrases))
-    return [float(value) for value in check_finite(mllm.score([request])[0][:, 1], "likelihoods of phrases")]
-
-
-def summarise(
-    mllm: Mllm, windows: Sequence[Window], prior: dict[str, float], config: UsersConfig
-) -> list[tuple[str, dict[str, float]]]:
-    """(summary, phrase weights) of each window.
-
-    `score`: one packed pass per window weighs its phrases; weight = strength * sigmoid(ln p(phrase | window) -
-    ln p(phrase | nobody)), both per token: what the model finds no likelier for this person counts half or less.
-    `generate`: the model writes the sentence; words that neither items nor phrases hold send it back to the rule.
-    """
-    if config.summary == "generate":
-        asked = [
-            Prompt((prompts.summarise(w.lines, [p for p, _ in w.phrases]),), answer=prompts.SUMMARY_ANSWER)
-            for w in windows
-        ]
-        written = [" ".join(text.split()) for text in mllm.generate(asked, config.summary_tokens)]
-        weights = [dict(w.phrases) for w in windows]
-        kept = []
-        for window, text, weight in zip(windows, written, weights, strict=True):
-            sound = text and not unsupported_words(text, *window.lines, *weight)
-            kept.append((text if sound else prompts.summary(list(weight)[:PHRASES_PER_LINE]), weight))
-        return kept
-    told = [w for w in windows if w.phrases]
-    requests = [Request(Prompt((prompts.window(w.lines),)), tuple(p for p, _ in w.phrases)) for w in told]
-    scored = iter(mllm.score(requests) if requests else [])
-    summaries = []
-    for window in windows:
-        weights_of: dict[str, float] = {}
-        if window.phrases:
-            logliks = check_finite(next(scored)[:, 1], "likelihoods of phrases")
-            for (phrase, strength), loglik in zip(window.phrases, logliks, strict=True):
-                weights_of[phrase] = round(strength / (1 + math.exp(prior[phrase] - float(loglik))), 4)
-        strongest = sorted(weights_of, key=lambda p: (-weights_of[p], p))
-        summaries.append((prompts.summary(strongest[:PHRASES_PER_LINE]), weights_of))
-    return summaries
-
-
-def _strongest(weights: dict[str, float], limit: int = PHRASES_PER_LINE) -> list[str]:
-    noticeable = [phrase for phrase in weights if weights[phrase] >= NOTICEABLE]
-    return sorted(noticeable, key=lambda phrase: (-weights[phrase], phrase))[:limit]
-
-
-def movement(summaries: Sequence[Summary]) -> tuple[list[str], list[str], list[str]]:
-    """(stays, rises, fades): the newest window against the belief built recurrently from those before it.
-
-    Belief b_k = MEMORY * b_(k-1) + (1 - MEMORY) * w_k. A newest window of fewer than three events makes nothing fade.
-    """
-    belief: dict[str, float] = {}
-    for summary in summaries[:-1]:
-        names = belief.keys() | summary.weights.keys()
-        belief = {p: MEMORY * belief.get(p, 0.0) + (1 - MEMORY) * summary.weights.get(p, 0.0) for p in names}
-    now = summaries[-1].weights
-    stays = _strongest({p: w for p, w in now.items() if belief.get(p, 0.0) >= NOTICEABLE / 2})
-    rises = _strongest({p: w for p, w in now.items() if belief.get(p, 0.0) < NOTICEABLE / 2})
-    gone = {p: w for p, w in belief.items() if now.get(p, 0.0) < NOTICEABLE / 2}
-    return stays, rises, _strongest(gone) if summaries[-1].size >= 3 else []
-
-
-def stable_tastes(summaries: Sequence[Summary]) -> list[str]:
-    """The strongest phrases on average over the closed windows (over all, while none is closed)."""
-    closed = [s for s in summaries if s.closed] or list(summaries)
-    total: Counter[str] = Counter()
-    for summary in closed:
-        total.update({p: w / len(closed) for p, w in summary.weights.items()})
-    return _strongest(dict(total), PHRASES_PER_LINE + 1)
-
-
-def build_state(
-    user_id: str,
-    items: np.ndarray,
-    time: np.ndarray | None,
-    disliked: np.ndarray,
-    end: int,
-    summaries: Sequence[Summary],
-    catalogue: Catalogue,
-    config: UsersConfig,
-) -> UserState:
-    """The state after `end` events from its comprehended windows; `items`, `time`, `disliked` are the user's own."""
-    if end == 0:
-        return UserState(user_id, 0, None, prompts.NOTHING, prompts.NOTHING, (), ())
-    stays, rises, fades = movement(summaries)
-    low = [catalogue.lines[items[i]] for i in range(max(0, end - config.window), end) if disliked[i]][-2:]
-    stable = stable_tastes(summaries)
-    closed = closed_windows(end, config)
-    settled = (closed - 1) * config.step + config.window if closed else end
-    gaps = np.diff(time[max(0, settled - config.last) : settled]) if time is not None else np.array([])
-    preference = prompts.preference(stays, rises, fades, low)
-    if config.summary == "generate" and summaries[-1].text != prompts.NO_TASTE:
-        preference = prompts.in_own_words(preference, summaries[-1].text)
-    return UserState(
-        user_id=user_id,
-        end=end,
-        as_of=int(time[end - 1]) if time is not None else None,
-        profile=prompts.profile(stable, settled, float(np.median(gaps)) / DAY if len(gaps) else None),
-        preference=preference,
-        phrases=tuple(dict.fromkeys(stays + rises + stable)),
-        recent=tuple(int(i) for i in items[max(0, end - config.recent) : end]) if config.recent else (),
-    )
+    composed = [Summary(prompts.summary(window.tastes), "rule") for window in windows]
+    if config.summary == "compose" or not windows:
+        return composed
+    if mllm is None:
+        raise UsageError("the summary of a window is not stored yet: give the model, or use users.summary=compose")
+    asked = [Prompt((window.prompt,), answer=prompts.SUMMARY_ANSWER) for window in windows]
+    errors = {}
+    try:
+        written: Sequence[str | None] = mllm.generate(asked, config.summary_tokens)
+    except PartialFailure as failure:
+        written, errors = failure.results, failure.errors
+    made = []
+    for row, (window, text, rule) in enumerate(zip(windows, written, composed, strict=True)):
+        words = " ".join((text or "").split()).rstrip(". ")
+        sound = words and not unsupported_words(words, *window.events, *window.tastes, prompts.NO_TASTE)
+        made.append(Summary(words, "model") if sound else Summary(rule.text, "rule", errors.get(row, "")))
+    return made
 
 
 def window_key(user_id: str, start: int, stop: int) -> str:
@@ -270,146 +110,210 @@ def state_key(user_id: str, end: int) -> str:
     return json.dumps([user_id, end], ensure_ascii=False)
 
 
-def comprehend(workspace: Workspace, mllm: Mllm, catalogue: Catalogue, wanted: Iterable[tuple[int, int]]) -> None:
-    """Make or renew windows and states for `wanted` pairs (user index, number of events visible)."""
+def read_mark(window: Window) -> str:
+    """Fingerprint of what is read of a window."""
+    return fingerprint(window.prompt, prompts.VERSION)
+
+
+def window_mark(window: Window, mllm: Mllm | None, config: UsersConfig) -> str:
+    """Fingerprint of all that a window's text is made from."""
+    made_by = ("rule",) if config.summary == "compose" else (mllm.identity if mllm else "", config.summary_tokens)
+    return fingerprint(read_mark(window), *made_by)
+
+
+def comprehend(
+    workspace: Workspace,
+    mllm: Mllm | None,
+    catalogue: Catalogue,
+    wanted: Iterable[tuple[int, int]],
+    every_window: bool = False,
+) -> Counts:
+    """Make or renew the states of `wanted` pairs (user number, events visible), with the text of the newest window.
+
+    Args:
+        every_window: write the earlier windows as well; states do not need them, timelines do.
+
+    Returns:
+        What was done about windows.
+    """
     config = workspace.config.users
     histories = workspace.dataset().histories()
     low = low_rating(histories)
     pairs = sorted(set(wanted))
-    windows: dict[str, tuple[str, Window]] = {}
-    keys: dict[tuple[int, int], list[str]] = {}
+    of_user = {user: History.of(histories, user, low) for user, _ in pairs}
+    windows: dict[str, tuple[str, Window, int | None]] = {}
+    newest: dict[tuple[int, int], str] = {}
     for user, end in pairs:
-        items, disliked = histories.of(user), disliked_events(histories, user, low)
-        for window in cut_windows(catalogue, items, disliked, config, end):
-            key = window_key(histories.users[user], window.start, window.stop)
-            windows[key] = (histories.users[user], window)
-            keys.setdefault((user, end), []).append(key)
+        history = of_user[user]
+        bounds = window_bounds(end, history.time, config)
+        for start, stop in bounds if every_window else bounds[-1:]:
+            key = newest[user, end] = window_key(history.user_id, start, stop)
+            if key not in windows:
+                as_of = None if history.time is None else int(history.time[stop - 1])
+                windows[key] = (history.user_id, read_window(history, start, stop, catalogue), as_of)
+    # By size, so that a batch's prompts are about as long and little is read that is only padding.
+    ordered = sorted(windows.items(), key=lambda pair: (pair[1][1].stop - pair[1][1].start, pair[0]))
+    jobs = [Job(key, window_mark(of[1], mllm, config), of) for key, of in ordered]
 
-    phrases = (
-        sorted({p for _, window in windows.values() for p, _ in window.phrases}) if config.summary == "score" else []
-    )
-    read_by = (prompts.VERSION, mllm.identity)
-    written_as = (config.summary, config.summary_tokens)
-    workspace.produce(
-        PHRASES,
-        [Job(phrase, fingerprint(phrase, *read_by), phrase) for phrase in phrases],
-        lambda batch: [
-            {"status": "ok", "reason": "", "loglik": value}
-            for value in phrase_likelihoods(mllm, [job.payload for job in batch])
-        ],
-        batch=64,
-        label="comprehend: phrases",
-    )
-    prior = {row["key"]: row["loglik"] for row in workspace.rows(PHRASES).iter_rows(named=True)}
-    jobs = [
-        Job(
-            key,
-            fingerprint(*window.lines, *(x for pair in window.phrases for x in pair), *read_by, *written_as),
-            (user_id, window),
-        )
-        for key, (user_id, window) in windows.items()
-    ]
-
-    def compute(batch: list[Job]) -> list[dict[str, object]]:
-        made = summarise(mllm, [job.payload[1] for job in batch], prior, config)
+    def write(batch: list[Job]) -> list[dict[str, object]]:
+        made = summarise(mllm, [job.payload[1] for job in batch], config)
         return [
             {
-                "status": "ok",
-                "reason": "",
+                "status": "error" if summary.error else "ok",
+                "reason": summary.error,
                 "user_id": user_id,
                 "start": window.start,
                 "stop": window.stop,
-                "summary": text,
-                "phrases": list(weights),
-                "weights": list(weights.values()),
+                "as_of": as_of,
+                "summary": summary.text,
+                "written_by": summary.by,
+                "read": read_mark(window),
+                "tastes": list(window.tastes),
             }
-            for (user_id, window), (text, weights) in zip((job.payload for job in batch), made, strict=True)
+            for (user_id, window, as_of), summary in zip((job.payload for job in batch), made, strict=True)
         ]
 
-    workspace.produce(WINDOWS, jobs, compute, batch=workspace.config.model.batch_size, label="comprehend: windows")
+    batch = workspace.config.model.batch_size
+    counts = workspace.produce(WINDOWS, jobs, write, batch=batch, label="comprehend: windows")
 
     rows = {row["key"]: row for row in workspace.rows(WINDOWS).iter_rows(named=True)}
     state_jobs = []
     for user, end in pairs:
-        used = [rows[key] for key in keys.get((user, end), [])]
-        marks = [row["fingerprint"] for row in used]
-        seen = slice(histories.span(user).start, histories.span(user).start + end)
-        events = [histories.item[seen], disliked_events(histories, user, low)[:end]]
-        events += [] if histories.time is None else [histories.time[seen]]
-        mark = fingerprint(
-            *marks, *(int(value) for column in events for value in column), prompts.VERSION, config.model_dump_json()
-        )
-        state_jobs.append(Job(state_key(histories.users[user], end), mark, (user, end, used)))
+        history, row = of_user[user], rows[newest[user, end]] if end else None
+        events = [history.items[:end], history.disliked[:end]]
+        events += [] if history.time is None else [history.time[:end]]
+        made_of = (*(int(value) for column in events for value in column), row["summary"] if row else "")
+        mark = fingerprint(*made_of, catalogue.mark, prompts.VERSION, config.model_dump_json())
+        state_jobs.append(Job(state_key(history.user_id, end), mark, (user, end, row["summary"] if row else "")))
 
     def compose(batch: list[Job]) -> list[dict[str, object]]:
-        states = []
-        for job in batch:
-            user, end, used = job.payload
-            time = None if histories.time is None else histories.time[histories.span(user)]
-            state = build_state(
-                histories.users[user],
-                histories.of(user),
-                time,
-                disliked_events(histories, user, low),
-                end,
-                [_as_summary(row, config) for row in used],
-                catalogue,
-                config,
-            )
-            states.append(
-                {
-                    "status": "ok",
-                    "reason": "",
-                    "user_id": state.user_id,
-                    "end": end,
-                    "as_of": state.as_of,
-                    "profile": state.profile,
-                    "preference": state.preference,
-                    "phrases": list(state.phrases),
-                    "recent": [catalogue.ids[i] for i in state.recent],
-                }
-            )
-        return states
+        made = (job.payload for job in batch)
+        states = [build_state(of_user[user], end, summary, catalogue, config) for user, end, summary in made]
+        return [_state_row(state, catalogue) for state in states]
 
     workspace.produce(STATES, state_jobs, compose, batch=256, label="comprehend: states")
+    return counts
 
 
 def comprehend_history(
-    mllm: Mllm,
+    mllm: Mllm | None,
     catalogue: Catalogue,
-    items: np.ndarray,
+    history: History,
     config: UsersConfig,
-    user_id: str = "",
-    time: np.ndarray | None = None,
-    disliked: np.ndarray | None = None,
+    end: int | None = None,
+    workspace: Workspace | None = None,
 ) -> UserState:
-    """The state of a history that no workspace holds; nothing is stored."""
-    low = np.zeros(len(items), dtype=bool) if disliked is None else disliked
-    windows = cut_windows(catalogue, items, low, config, len(items))
-    phrases = sorted({p for window in windows for p, _ in window.phrases}) if config.summary == "score" else []
-    prior = dict(zip(phrases, phrase_likelihoods(mllm, phrases), strict=True)) if phrases else {}
-    made = summarise(mllm, windows, prior, config) if windows else []
-    summaries = [
-        Summary(w.stop - w.start, w.stop - w.start == config.window, text, weights)
-        for w, (text, weights) in zip(windows, made, strict=True)
-    ]
-    return build_state(user_id, items, time, low, len(items), summaries, catalogue, config)
+    """The state of a history after its first `end` events (all by default); nothing is stored.
+
+    Args:
+        workspace: where to look for the newest window's text before the model is asked; without a model, a text that
+            another model wrote will do.
+    """
+    end = len(history.items) if end is None else end
+    bounds = window_bounds(end, history.time, config)
+    if not bounds:
+        return build_state(history, end, "", catalogue, config)
+    window = read_window(history, *bounds[-1], catalogue)
+    if workspace is not None:
+        row = workspace.row(WINDOWS, window_key(history.user_id, window.start, window.stop))
+        any_writer = mllm is None and config.summary == "generate"  # without a model, whichever wrote it is good enough
+        holds = ("read", read_mark(window)) if any_writer else ("fingerprint", window_mark(window, mllm, config))
+        if row and row["status"] == "ok" and row[holds[0]] == holds[1]:
+            return build_state(history, end, str(row["summary"]), catalogue, config)
+    summary = summarise(mllm, [window], config)[0]
+    if summary.error:
+        say(f"user {history.user_id!r}: the newest window's summary is made by rule, the model failed: {summary.error}")
+    return build_state(history, end, summary.text, catalogue, config)
+
+
+def state(
+    workspace: Workspace,
+    user_id: str,
+    as_of: int | datetime | None = None,
+    mllm: Mllm | None = None,
+    catalogue: Catalogue | None = None,
+) -> UserState:
+    """The state of a user of the log at any past moment; equal to what `comprehend` stores for it, stored or not.
+
+    Args:
+        as_of: how many of the user's events are visible, or a moment: events at or before it; None: all events.
+        mllm: the model; not needed where the newest window's text is stored.
+
+    Raises:
+        UsageError: the user is unknown, has fewer events, or the log has no times; or the model is needed and missing.
+    """
+    history, _ = _known(workspace, user_id)
+    end = visible(history, as_of)
+    known = catalogue or Catalogue.load(workspace)
+    return comprehend_history(mllm, known, history, workspace.config.users, end, workspace)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One window of a timeline: its row as stored, and how it moved the belief of those before it."""
+
+    start: int
+    stop: int
+    began: int | None
+    as_of: int | None
+    """Times (ms UTC) of its first and newest event."""
+    closed: bool
+    summary: str
+    written_by: str
+    movement: Movement
+
+
+def timeline(workspace: Workspace, mllm: Mllm | None, catalogue: Catalogue, user_id: str) -> list[Step]:
+    """All windows of a user in order, their texts made or renewed.
+
+    Raises:
+        UsageError: the user is unknown.
+    """
+    config, history, number = workspace.config.users, *_known(workspace, user_id)
+    comprehend(workspace, mllm, catalogue, [(number, len(history.items))], every_window=True)
+    steps = []
+    for start, stop in window_bounds(len(history.items), history.time, config):
+        row = workspace.row(WINDOWS, window_key(user_id, start, stop))
+        assert row is not None  # made just now
+        began = None if history.time is None else int(history.time[start])
+        moved = movement_of(history, stop, catalogue, config)
+        closed = stop < len(history.items) or stop - start == config.window
+        steps.append(Step(start, stop, began, row["as_of"], closed, row["summary"], row["written_by"], moved))
+    return steps
+
+
+def _known(workspace: Workspace, user_id: str) -> tuple[History, int]:
+    histories = workspace.dataset().histories()
+    if user_id not in histories.users:
+        near = get_close_matches(user_id, histories.users, n=3)
+        raise UsageError(f"unknown user {user_id!r}" + (f": did you mean {', '.join(near)}?" if near else ""))
+    number = histories.users.index(user_id)
+    return History.of(histories, number, low_rating(histories)), number
+
+
+def visible(history: History, as_of: int | datetime | None) -> int:
+    """How many events lie at or before `as_of` (a number of events, a moment, or None for all).
+
+    Raises:
+        UsageError: there are fewer events, or a moment is asked of a log without times.
+    """
+    if as_of is None:
+        return len(history.items)
+    if isinstance(as_of, datetime):
+        if history.time is None:
+            raise UsageError("the log has no times: give as_of as a number of events")
+        if as_of.tzinfo is None:
+            raise UsageError(f"as_of {as_of.isoformat()} has no time zone: give one, e.g. +00:00")
+        return int(np.searchsorted(history.time, round(as_of.timestamp() * 1000), side="right"))
+    if not 0 <= as_of <= len(history.items):
+        raise UsageError(f"user {history.user_id!r} has {len(history.items)} events: as_of={as_of} is out of range")
+    return as_of
 
 
 def load_states(workspace: Workspace, catalogue: Catalogue) -> dict[tuple[str, int], UserState]:
     """All stored states by (user id, end)."""
-    place = {item_id: i for i, item_id in enumerate(catalogue.ids)}
     return {
-        (row["user_id"], row["end"]): UserState(
-            row["user_id"],
-            row["end"],
-            row["as_of"],
-            row["profile"],
-            row["preference"],
-            tuple(row["phrases"]),
-            tuple(place[item_id] for item_id in row["recent"]),
-        )
-        for row in workspace.rows(STATES).iter_rows(named=True)
+        (row["user_id"], row["end"]): _as_state(row, catalogue) for row in workspace.rows(STATES).iter_rows(named=True)
     }
 
 
@@ -424,17 +328,40 @@ def state_of(states: dict[tuple[str, int], UserState], user_id: str, end: int) -
     return states[user_id, end]
 
 
-def disliked_events(histories: Histories, user: int, low: float | None) -> np.ndarray:
-    """bool (n,): the user's events rated `low_rating` or below."""
-    ratings = histories.rating[histories.span(user)]
-    if low is None:
-        return np.zeros(len(ratings), dtype=bool)
-    disliked: np.ndarray = np.nan_to_num(ratings, nan=np.inf) <= low
-    return disliked
+def _state_row(state: UserState, catalogue: Catalogue) -> dict[str, object]:
+    listed = {name: getattr(state.movement, name) for name in ("stays", "rises", "fades", "lately")}
+    return {
+        "status": "ok",
+        "reason": "",
+        "user_id": state.user_id,
+        "end": state.end,
+        "as_of": state.as_of,
+        "window_start": state.window_start,
+        "profile": state.profile,
+        "preference": state.preference,
+        **{
+            name: [{"fact": fact, "strength": value} for fact, value in found.items()]
+            for name, found in {**listed, "stable": state.stable}.items()
+        },
+        **dict(zip(("by_picture", "by_text", "by_both"), state.by_origin, strict=True)),
+        "recent": [catalogue.ids[i] for i in state.recent],
+    }
 
 
-def _as_summary(row: dict[str, object], config: UsersConfig) -> Summary:
-    size = int(row["stop"]) - int(row["start"])  # type: ignore[call-overload]
-    # Stored as float32: rounded as they were, so that a state is the same whether its windows were stored or not.
-    weights = {p: round(w, 4) for p, w in zip(row["phrases"], row["weights"], strict=True)}  # type: ignore[call-overload]
-    return Summary(size, size == config.window, str(row["summary"]), weights)
+def _as_state(row: dict[str, object], catalogue: Catalogue) -> UserState:
+    def found(name: str) -> Strengths:
+        return {pair["fact"]: pair["strength"] for pair in row[name]}  # type: ignore[attr-defined]
+
+    return UserState(
+        user_id=str(row["user_id"]),
+        end=int(row["end"]),  # type: ignore[call-overload]
+        as_of=row["as_of"],  # type: ignore[arg-type]
+        profile=str(row["profile"]),
+        preference=str(row["preference"]),
+        movement=Movement(*(found(name) for name in ("stays", "rises", "fades", "lately"))),
+        stable=found("stable"),
+        # Stored as float32: rounded as they were, so that a state is the same whether it was stored or not.
+        by_origin=tuple(round(row[name], 4) for name in ("by_picture", "by_text", "by_both")),  # type: ignore
+        recent=tuple(catalogue.place[item_id] for item_id in row["recent"]),  # type: ignore[attr-defined]
+        window_start=int(row["window_start"]),  # type: ignore[call-overload]
+    )

@@ -221,6 +221,16 @@ class Workspace:
         with self._reading(table.name):
             return _frame(table.schema.empty_table() if stored is None else stored.to_arrow()).sort("key")
 
+    def row(self, table: Table, key: str) -> dict[str, Any] | None:
+        """One stored row by its key, None if there is none."""
+        stored = self._produced(table)
+        if stored is None:
+            return None
+        escaped = key.replace("'", "''")
+        with self._reading(table.name):
+            found: list[dict[str, Any]] = stored.search().where(f"key = '{escaped}'").limit(1).to_list()
+        return found[0] if found else None
+
     def count(self, table_name: str) -> int:
         """How many rows a table holds, 0 if there is none."""
         stored = self._open_table(table_name)

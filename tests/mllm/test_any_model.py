@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from fakes import make_shop, png
+from mllm_srec.catalogue import Catalogue
 from mllm_srec.config import Config, ItemsConfig, ModelConfig
 from mllm_srec.errors import ModelError
-from mllm_srec.items import ITEM_TEXTS, Catalogue, describe
+from mllm_srec.items import ITEM_TEXTS, describe
 from mllm_srec.mllm.base import Picture, Prompt, Question, Request
 from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.mllm.rendering import Renderer

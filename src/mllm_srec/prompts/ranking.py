@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-VERSION = "ranking-1"
+VERSION = "ranking-2"
 
 SYSTEM = "You predict which item a user chooses next."
 QUESTION = "\nYes or No?"
@@ -12,10 +12,19 @@ QUESTION_COT = "\nWhich facts meet or miss the taste? Then Yes or No."
 WITHOUT_TEXT = "item without text"
 
 
-def prefix(profile: str, preference: str, recent: Sequence[str]) -> str:
-    """What all candidates of a user share: steps 1 and 2 of the chain of thought (what stays, what moves)."""
-    last = "\nLast choices, oldest first:\n" + "\n".join(f"- {line}" for line in recent) if recent else ""
-    return f"The user {profile}.\nLately the user: {preference}.{last}\nWill the user choose this item next?\nItem: "
+def prefix(profile: str, preference: str, recent: Sequence[str], since: str = "") -> str:
+    """What all candidates of a user share: steps 1 and 2 of the chain of thought (what stays, what moves).
+
+    Without profile and preference, the choices alone speak.
+    """
+    parts = [
+        f"The user {profile}." if profile else "",
+        f"Lately the user {preference}." if preference else "",
+        "Last choices, oldest first:\n" + "\n".join(f"- {line}" for line in recent) if recent else "",
+        since,
+        "Will the user choose this item next?\nItem: ",
+    ]
+    return "\n".join(part for part in parts if part)
 
 
 def candidate(title: str, category: str, description: str) -> str:

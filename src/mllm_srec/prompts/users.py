@@ -2,60 +2,102 @@
 
 from collections.abc import Sequence
 
-VERSION = "users-1"
+VERSION = "users-2"
 
-EMPTY_WINDOW = "A person of whom nothing is known yet.\nThis person wants: "
 SUMMARY_ANSWER = "This person wants"
 NOTHING = "shows no taste yet"
-NO_TASTE = "no common taste"
+NO_TASTE = "nothing in particular"
+
+_MINUTE = 60_000
+_UNITS = (("year", 525_600), ("month", 43_800), ("week", 10_080), ("day", 1_440), ("hour", 60), ("minute", 1))
+"""Names and minutes; a month is a twelfth of a year."""
 
 
-def window(lines: Sequence[str]) -> str:
-    """The prefix under which phrases are weighed; `lines` are the window's items in short form, oldest first."""
-    return (
-        "A person chose these items, oldest first:\n"
-        + "\n".join(f"- {line}" for line in lines)
-        + "\nThis person wants: "
-    )
+def duration(ms: float) -> str:
+    """A length of time in its largest unit of which it holds at least two, or the smallest it holds: "10 days"."""
+    minutes = ms / _MINUTE
+    if minutes < 1:
+        return "moments"
+    for name, size in _UNITS:
+        if minutes >= 2 * size or (minutes >= size and name == "minute"):
+            count = int(minutes / size + 0.5)
+            return f"{count} {name}{'s' if count > 1 else ''}"
+    raise AssertionError  # the last unit takes the rest
 
 
-def rated_low(line: str) -> str:
-    """An item of the history that the user rated low."""
-    return f"{line}, rated low"
+def event(line: str, looks: str, wait: float | None, disliked: bool) -> str:
+    """One choice as a window's prompt tells it; `wait` in ms since the choice before, None where it is short."""
+    told = f"after {duration(wait)}: {line}" if wait is not None else line
+    return "; ".join(part for part in (told, looks, "rated low" if disliked else "") if part)
 
 
-def summarise(lines: Sequence[str], phrases: Sequence[str]) -> str:
-    """The instruction for models that can write a summary themselves."""
-    shared = f"\nWhat these items share more than others do: {', '.join(phrases)}." if phrases else ""
-    chosen = "\n".join(f"- {line}" for line in lines)
-    asked = "In one short sentence, what does this person want?"
-    return f"A person chose these items, oldest first:\n{chosen}{shared}\n{asked}"
+def summarise(events: Sequence[str], tastes: Sequence[str]) -> str:
+    """The instruction for one window; `tastes` are what its items share beyond the catalogue's base rate."""
+    shared = f"\nShared more often than by chance: {', '.join(tastes)}." if tastes else ""
+    chosen = "\n".join(f"- {told}" for told in events)
+    return f"A person chose, oldest first:\n{chosen}{shared}\nIn one short sentence, what does this person want?"
 
 
-def summary(phrases: Sequence[str]) -> str:
-    """The window summary made of the phrases the model found likely."""
-    return ", ".join(phrases) if phrases else NO_TASTE
+def summary(tastes: Sequence[str]) -> str:
+    """The window summary without a model: the tastes by name."""
+    return ", ".join(tastes) if tastes else NO_TASTE
 
 
-def preference(stays: Sequence[str], rises: Sequence[str], fades: Sequence[str], disliked: Sequence[str]) -> str:
-    """The dynamic preference: what stays, what rises, what fades, and what was rated low lately."""
+def preference(
+    stays: Sequence[str], rises: Sequence[str], fades: Sequence[str], disliked: Sequence[str], summary: str
+) -> str:
+    """The dynamic preference: what stays, rises and fades, what was rated low, and the newest window's summary."""
     named = {"stays with": stays, "newly turns to": rises, "turns away from": fades, "rated low": disliked}
-    parts = [f"{verb} {', '.join(phrases)}" for verb, phrases in named.items() if phrases]
+    parts = [f"{verb} {', '.join(names)}" for verb, names in named.items() if names]
+    if summary != NO_TASTE:
+        parts.append(f"now wants {summary.rstrip('. ')}")
     return "; ".join(parts) if parts else NOTHING
 
 
-def in_own_words(preference: str, summary: str) -> str:
-    """The dynamic preference with what the model itself wrote about the newest window."""
-    return f"{preference}. {SUMMARY_ANSWER} {summary.rstrip('. ')}"
+def strongly(taste: str) -> str:
+    """A taste of which there is no doubt."""
+    return f"{taste} (strongly)"
 
 
-def profile(stable: Sequence[str], events: int, gap_days: float | None) -> str:
-    """The slow profile: stable tastes, size of the history, rhythm (median days between choices)."""
-    if events == 0:
-        return NOTHING
-    taste = f"likes {', '.join(stable)}" if stable else "has a broad taste"
-    size = f"{events} choice{'s' if events != 1 else ''} so far"
-    if gap_days is None:
-        return f"{taste}; {size}"
-    rhythm = "several a day" if gap_days <= 0.5 else f"one in {gap_days:.0f} day{'s' if round(gap_days) != 1 else ''}"
-    return f"{taste}; {size}, typically {rhythm}"
+ORIGINS = {
+    "picture": "chooses by looks",
+    "text": "chooses by what things are",
+    "both": "chooses by looks and by what things are",
+}
+"""By which facts most choices that meet a taste can be explained."""
+
+
+def profile(
+    tastes: Sequence[str],
+    hints: Sequence[str],
+    dislikes: Sequence[str],
+    origin: str,
+    breadth: str,
+    prices: tuple[float, float] | None,
+    rhythm: str,
+) -> str:
+    """The slow profile: stable tastes (or hints of some), dislikes, what choices go by, range, rhythm."""
+    likes = f"likes {', '.join(tastes)}" if tastes else f"perhaps likes {', '.join(hints)}" if hints else NOTHING
+    parts = [likes]
+    if dislikes:
+        parts.append(f"dislikes {', '.join(dislikes)}")
+    parts += [part for part in (ORIGINS.get(origin, ""), breadth) if part]
+    if prices is not None:
+        parts.append(f"pays {prices[0]:.0f} to {prices[1]:.0f}")
+    return "; ".join([*parts, *([rhythm] if rhythm else [])])
+
+
+def breadth(chosen: int, known: int) -> str:
+    """Range of categories: "keeps to 2 of 18 categories"."""
+    return f"{'keeps to' if chosen <= max(1, known / 4) else 'roams'} {chosen} of {known} categories"
+
+
+def rhythm(typical: float, longest: float) -> str:
+    """How often, and how long the breaks; ms between choices, the median and the longest."""
+    often = f"a choice every {duration(typical)}" if typical >= 60 * _MINUTE else "several choices at a time"
+    return f"{often}, breaks up to {duration(longest)}" if longest >= 24 * 60 * _MINUTE else often
+
+
+def since(wait: float) -> str:
+    """The time between the newest choice and the moment that is asked about, in ms."""
+    return f"The last choice was {duration(wait)} ago."
