@@ -97,12 +97,12 @@ def test_dislikes_are_said_as_such_and_are_no_tastes() -> None:
     made = state("abcdede", low="de")
     assert made.stable == strengths(count([["red", "shoe"], ["red", "hat"], ["red", "scarf"]]), CATALOGUE.rates)
     assert "blue" not in made.phrases
-    assert made.preference == prompts.preference(["red"], [], [], ["d the title", "e the title"], prompts.NO_TASTE)
+    assert made.preference == prompts.preference(["red"], [], [], [], ["d the title", "e the title"], prompts.NO_TASTE)
 
 
 def test_the_newest_dislikes_of_the_newest_window_are_named() -> None:
     made = state("defghiab", low="defab", window=4)
-    assert made.preference.endswith(prompts.preference([], [], [], ["a the title", "b the title"], prompts.NO_TASTE))
+    assert made.preference.endswith(prompts.preference([], [], [], [], ["a the title", "b the title"], prompts.NO_TASTE))
     assert state("defdef", low="def", window=3, step=3).preference.count("the title") == DISLIKED_NAMED
     assert "rated low" not in state("defghiga", low="def", window=4).preference
 
@@ -165,7 +165,7 @@ def test_of_a_user_without_events_nothing_is_known() -> None:
 def test_one_event_shows_hints_and_no_taste() -> None:
     made = state("a", [7], summary="red shoe")
     assert made.profile == profile(hints=["red"])  # "shoe" says the same of the same item
-    assert made.preference == prompts.preference([], [], [], [], "red shoe")
+    assert made.preference == prompts.preference([], [], [], list(made.movement.lately), [], "red shoe")
     assert (made.as_of, made.end, made.recent, made.window_start) == (7, 1, (0,), 0)
     # one of one: ln(1/2 / b * b) for each of its facts, a hint that nothing is claimed of
     assert made.movement.lately == {"red": -0.6931, "shoe": -0.6931}
@@ -182,13 +182,13 @@ def test_a_state_names_what_stays_rises_fades_and_is_sure() -> None:
     made = state("abcabcabcabdeded", window=4, summary="blue things")
     strong = prompts.strongly
     assert list(made.movement.rises) == ["blue"] and list(made.movement.fades) == ["red"]
-    assert made.preference == prompts.preference([], ["blue"], ["red"], [], "blue things")
+    assert made.preference == prompts.preference([], ["blue"], ["red"], ["shoe"], [], "blue things")
     assert list(made.stable) == ["red"] and made.stable["red"] < STRONG
     assert made.profile == profile(["red"])
     assert made.phrases == tuple(dict.fromkeys(["blue", *made.movement.lately, "red"]))
     steady = state("abcabcabcabc", window=4)
     assert steady.stable["red"] >= STRONG and steady.profile == profile([strong("red")])
-    assert steady.preference == prompts.preference([strong("red")], [], [], [], prompts.NO_TASTE)
+    assert steady.preference == prompts.preference([strong("red")], [], [], [], [], prompts.NO_TASTE)
 
 
 def test_the_past_fades_window_by_window() -> None:

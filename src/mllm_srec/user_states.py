@@ -158,7 +158,7 @@ def build_state(history: History, end: int, summary: str, catalogue: Catalogue, 
     low = [catalogue.lines[history.items[at]] for at in range(bounds[-1][0], end) if history.disliked[at]]
     named = {
         name: _names(getattr(moving, name), liked, catalogue, strong=name == "stays")
-        for name in ("stays", "rises", "fades")
+        for name in ("stays", "rises", "fades", "lately")
     }
     settled = closed_until(bounds, config) or end
     profile, stable, by_origin = _profile(history, settled, catalogue)

@@ -14,7 +14,7 @@ from tiny_models import drawing, tiny_mllm
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-import items_common as common
+import common
 import items_eyes as eyes
 import items_injection as injection
 import items_memory as memory

@@ -7,6 +7,11 @@ VERSION = "users-2"
 SUMMARY_ANSWER = "This person wants"
 NOTHING = "shows no taste yet"
 NO_TASTE = "nothing in particular"
+SUMMARY_WORDS = (
+    "nothing in particular mostly mainly especially also often sometimes lately recently both rather person wants "
+    "seems likes prefers enjoys looking interested things items choices kinds styles such with without neither"
+)
+"""Words that a summary may use besides those it was given: they name nothing that could be invented."""
 
 _MINUTE = 60_000
 _UNITS = (("year", 525_600), ("month", 43_800), ("week", 10_080), ("day", 1_440), ("hour", 60), ("minute", 1))
@@ -44,10 +49,24 @@ def summary(tastes: Sequence[str]) -> str:
 
 
 def preference(
-    stays: Sequence[str], rises: Sequence[str], fades: Sequence[str], disliked: Sequence[str], summary: str
+    stays: Sequence[str],
+    rises: Sequence[str],
+    fades: Sequence[str],
+    lately: Sequence[str],
+    disliked: Sequence[str],
+    summary: str,
 ) -> str:
-    """The dynamic preference: what stays, rises and fades, what was rated low, and the newest window's summary."""
-    named = {"stays with": stays, "newly turns to": rises, "turns away from": fades, "rated low": disliked}
+    """The dynamic preference: what stays, rises and fades, what else shows lately, what was rated low, the newest text.
+
+    What the summary names is not said twice.
+    """
+    named = {
+        "stays with": stays,
+        "newly turns to": rises,
+        "turns away from": fades,
+        "lately chooses": [name for name in lately if name.lower() not in summary.lower()],
+        "rated low": disliked,
+    }
     parts = [f"{verb} {', '.join(names)}" for verb, names in named.items() if names]
     if summary != NO_TASTE:
         parts.append(f"now wants {summary.rstrip('. ')}")
