@@ -8,16 +8,12 @@ What is finished is kept in the work folder under the hash of what it depends on
 
 import argparse
 import json
-import os
-import platform
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from items_common import Bench, section
+from common import Bench, machine, section
 from items_eyes import embeddings, eyes, show_embeddings, show_eyes
 from items_injection import injection, show_injection
 from items_memory import memory, show_memory
@@ -32,21 +28,6 @@ SECTIONS = {
     "memory": (memory, show_memory),
     "injection": (injection, show_injection),
 }
-
-
-def machine() -> dict[str, Any]:
-    """What timings depend on, and bfloat16 results a little."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def main() -> None:

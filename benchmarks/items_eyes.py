@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from items_common import SEED, TOKENS, Bench, batches, derangement, figure, png, read_pictures, show, shown
+from common import SEED, TOKENS, Bench, batches, derangement, figure, png, read_pictures, show, shown
 
 from mllm_srec import metrics
 from mllm_srec.data.drawing import COLOURS, KINDS, PATTERNS, draw, in_shop

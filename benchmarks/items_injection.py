@@ -5,17 +5,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from items_common import SAMPLES, SEED, Bench, show, shown
+from common import SAMPLES, SEED, Bench, show, shown
 
 from mllm_srec import metrics
+from mllm_srec.catalogue import Catalogue
 from mllm_srec.data.text import clean
-from mllm_srec.items import ITEM_TEXTS, Catalogue, Item, load_items
+from mllm_srec.items import ITEM_TEXTS, Item, load_items
 from mllm_srec.mllm.base import Request
 from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.progress import Bar
 from mllm_srec.prompts import ranking as prompts
 from mllm_srec.records import ranking_request
-from mllm_srec.users import comprehend_history, disliked_events, low_rating
+from mllm_srec.user_states import History, low_rating
+from mllm_srec.users import comprehend_history
 from mllm_srec.workspace import Workspace
 
 INSTRUCTIONS = (
@@ -112,11 +114,8 @@ def read_user(
 ) -> list[dict[str, Any]]:
     """Per item the odds of all its variants under one user, with the deviation of the user's odds over `compared`."""
     histories = workspace.dataset().histories()
-    time = None if histories.time is None else histories.time[histories.span(user)]
-    low = disliked_events(histories, user, low_rating(histories))
-    state = comprehend_history(
-        mllm, catalogue, histories.of(user), workspace.config.users, histories.users[user], time, low
-    )
+    history = History.of(histories, user, low_rating(histories))
+    state = comprehend_history(mllm, catalogue, history, workspace.config.users)
     request = ranking_request(state, catalogue, compared)
     descriptions = {row["key"]: row["description"] for row in workspace.rows(ITEM_TEXTS).iter_rows(named=True)}
 

@@ -114,7 +114,7 @@ def _status(name: str) -> float:
 
 def show_memory(result: dict[str, Any]) -> None:
     """One table."""
-    from items_common import show
+    from common import show
 
     above = f"{result['above_start_gb']:.2f} GB  {'meets' if result['met'] else 'misses'} {result['mark']:g}"
     slope = result["slope_mb_per_10000_items"]

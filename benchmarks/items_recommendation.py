@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from items_common import SEED, Bench, difference, figure, show, shown
+from common import SEED, Bench, difference, figure, show, shown
 
 from mllm_srec.data.images import open_picture
 from mllm_srec.data.split import Targets, leave_last_out

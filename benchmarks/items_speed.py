@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import polars as pl
 import torch
-from items_common import SEED, TOKENS, Bench, batches, defaults, read_pictures, show
+from common import SEED, TOKENS, Bench, batches, defaults, read_pictures, show
 
 from mllm_srec import items
 from mllm_srec.config import ItemsConfig
@@ -27,6 +27,7 @@ from mllm_srec.prompts import items as prompts
 from mllm_srec.workspace import Workspace
 
 PICTURES, ROUNDS = 96, 3
+T = TypeVar("T")
 CLOCKS = ("processor", "wall")
 MARKS = {
     "batched against one at a time": 4.0,
@@ -104,18 +105,18 @@ def one_round(mllm: LocalMllm, pictures: Sequence[Picture], dataset: Dataset, nu
     pixels = [inputs["pixel_values"] for inputs in _inputs(mllm, pictures)]
     seconds: dict[str, dict[str, float]] = {}
     with recorded(mllm) as of_ask:
-        seconds["ask"], together = _timed(ask)
-    seconds["bare ask"], _ = _timed(lambda: replay(mllm, of_ask, pixels))
-    taken, alone = _timed(one_at_a_time)
+        seconds["ask"], together = timed(ask)
+    seconds["bare ask"], _ = timed(lambda: replay(mllm, of_ask, pixels))
+    taken, alone = timed(one_at_a_time)
     seconds["one at a time"] = {clock: value * len(pictures) / len(third) for clock, value in taken.items()}
     with recorded(mllm) as of_look:
-        seconds["look"], _ = _timed(look)
-    seconds["bare look"], _ = _timed(lambda: replay(mllm, of_look, pixels))
-    seconds["decode"], _ = _timed(lambda: [open_picture(picture.data, MAX_SIDE) for picture in pictures])
-    seconds["decode and resize"], _ = _timed(lambda: list(_inputs(mllm, pictures)))
+        seconds["look"], _ = timed(look)
+    seconds["bare look"], _ = timed(lambda: replay(mllm, of_look, pixels))
+    seconds["decode"], _ = timed(lambda: [open_picture(picture.data, MAX_SIDE) for picture in pictures])
+    seconds["decode and resize"], _ = timed(lambda: list(_inputs(mllm, pictures)))
     with tempfile.TemporaryDirectory() as folder:
         workspace = Workspace.create(Path(folder) / "ws", defaults(), dataset)
-        seconds["describe"], _ = _timed(lambda: items.describe(workspace, mllm))
+        seconds["describe"], _ = timed(lambda: items.describe(workspace, mllm))
     pairs = [pair for at, answers in zip(third, alone, strict=True) for pair in zip(together[at], answers, strict=True)]
     # Equal in float32; bfloat16 rounds a row by the batch it is in.
     same = np.mean([one == other for one, other in pairs])
@@ -180,7 +181,8 @@ def replay(mllm: LocalMllm, calls: Sequence[Call], pixels: Sequence[torch.Tensor
         core.language_model(input_ids=ids, cache=cache if call.cached else None, use_cache=call.cached)
 
 
-def _timed(work: Callable[[], Any]) -> tuple[dict[str, float], Any]:
+def timed(work: Callable[[], T]) -> tuple[dict[str, float], T]:
+    """Seconds by both clocks, and what the work gave."""
     wall, processor = time.perf_counter(), time.process_time()
     result = work()
     return {"processor": time.process_time() - processor, "wall": time.perf_counter() - wall}, result
@@ -201,7 +203,7 @@ def medians(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
     for clock in CLOCKS:
         seconds = {name: np.array([of["seconds"][name][clock] for of in rounds]) for name in rounds[0]["seconds"]}
-        result["seconds"][clock] = {name: _spread(values) for name, values in seconds.items()}
+        result["seconds"][clock] = {name: spread(values) for name, values in seconds.items()}
         ratios = {"batched against one at a time": seconds["one at a time"] / seconds["ask"]}
         for name in ("ask", "look"):
             for way, left_out in (
@@ -210,24 +212,26 @@ def medians(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 ("without decoding and resizing", seconds["decode and resize"]),
             ):
                 ratios[f"bare share, {name}, {way}"] = seconds[f"bare {name}"] / (seconds[name] - left_out)
-        result["ratios"][clock] = {name: _spread(values) for name, values in ratios.items()}
+        result["ratios"][clock] = {name: spread(values) for name, values in ratios.items()}
     for name, mark in MARKS.items():
         of = result["ratios"]["processor"][name]
         of |= {"mark": mark, "met": of["value"] >= mark}
     return result
 
 
-def _spread(values: np.ndarray) -> dict[str, float]:
+def spread(values: np.ndarray) -> dict[str, Any]:
+    """The median of the rounds as the value, with their least and most."""
     return {"value": float(np.median(values)), "least": float(values.min()), "most": float(values.max())}
+
+
+def spread_in_words(of: dict[str, Any]) -> str:
+    """A `spread`, with its mark."""
+    text = f"{of['value']:.2f} ({of['least']:.2f} to {of['most']:.2f})"
+    return text + (f"  {'meets' if of['met'] else 'misses'} {of['mark']:g}" if "mark" in of else "")
 
 
 def show_speed(result: dict[str, Any]) -> None:
     """Rates and ratios; in brackets the least and the most of the rounds."""
-
-    def words(of: dict[str, Any], digits: int = 2) -> str:
-        text = f"{of['value']:.{digits}f} ({of['least']:.{digits}f} to {of['most']:.{digits}f})"
-        return text + (f"  {'meets' if of['met'] else 'misses'} {of['mark']:g}" if "mark" in of else "")
-
     count = result["pictures"]
     title = f"speed: {count} pictures, batch {result['batch']}, questions {', '.join(result['questions'])}"
     ways = {
@@ -241,9 +245,9 @@ def show_speed(result: dict[str, Any]) -> None:
         "bare look": "bare model, of Looker.look",
     }
     wall = result["seconds"]["wall"]
-    rows = [(label, words(wall[name]), f"{count / wall[name]['value']:.2f}") for name, label in ways.items()]
+    rows = [(label, spread_in_words(wall[name]), f"{count / wall[name]['value']:.2f}") for name, label in ways.items()]
     show(title, ("way", "seconds on the wall", "pictures per second"), rows)
     by_clock = [result["ratios"][clock] for clock in CLOCKS]
-    rows = [(name, *(words(of[name]) for of in by_clock)) for name in by_clock[0]]
+    rows = [(name, *(spread_in_words(of[name]) for of in by_clock)) for name in by_clock[0]]
     rows.append(("share of answers that are the same both ways", f"{result['same_answers']:.3f}", ""))
     show("speed: ratios, medians of the rounds (least to most)", ("ratio", "processor time", "wall clock"), rows)

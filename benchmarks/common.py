@@ -1,8 +1,10 @@
-"""What the sections of `items.py` share: models, kept results, figures with intervals, pictures, tables."""
+"""What the benchmarks of the stages share: models, kept results, figures with intervals, pictures, tables."""
 
 import hashlib
 import io
 import json
+import os
+import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +14,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import polars as pl
+import torch
+import transformers
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -34,7 +38,7 @@ SAMPLES, SEED = 1000, 0
 TOKENS = ItemsConfig().answer_tokens
 
 Figure = dict[str, Any]
-"""value, low, high (95 %), n; with a mark also mark and met."""
+"""value, low, high (95 %), n; with a mark (the least value, or words) also mark and met."""
 T = TypeVar("T")
 
 
@@ -146,6 +150,21 @@ def png(image: Image.Image) -> Picture:
     return picture_of(buffer.getvalue())
 
 
+def machine() -> dict[str, Any]:
+    """What timings depend on, and bfloat16 results a little."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
 def batches(rows: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """Runs of `size` rows."""
     for start in range(0, len(rows), size):
@@ -187,6 +206,21 @@ def _marked(value: float | None, mark: float | None) -> Figure:
     return {} if mark is None else {"mark": mark, "met": value is not None and value >= mark}
 
 
+def at_most(of: Figure, most: float) -> Figure:
+    """The figure with the most that it should be as its mark; no cases meet none."""
+    return of | {"mark": f"at most {most:g}", "met": of["value"] is not None and of["value"] <= most}
+
+
+def above_zero(of: Figure) -> Figure:
+    """The figure of a difference with the mark that its whole interval lies above 0."""
+    return of | {"mark": "above 0", "met": of["low"] > 0}
+
+
+def not_below_zero(of: Figure) -> Figure:
+    """The figure of a difference with the mark that its interval does not lie below 0 as a whole."""
+    return of | {"mark": "not below 0", "met": of["high"] >= 0}
+
+
 def derangement(count: int, seed: int) -> np.ndarray:
     """int (count,): a seeded permutation that leaves nothing in its place (one cycle through all).
 
@@ -205,7 +239,7 @@ def derangement(count: int, seed: int) -> np.ndarray:
 
 
 def shown(of: Figure, digits: int = 3) -> str:
-    """A figure in words: value (interval), with its mark "misses .750" or "meets .750"."""
+    """A figure in words: value (interval), with its mark: "misses 0.75", "meets at most 0.1"."""
     if of["value"] is None:
         return "no cases"
     text = f"{of['value']:.{digits}f}"
@@ -214,7 +248,8 @@ def shown(of: Figure, digits: int = 3) -> str:
     if "p" in of:
         text += f" p={of['p']:.3f}"
     if "mark" in of:
-        text += f"  {'meets' if of['met'] else 'misses'} {of['mark']:g}"
+        mark = of["mark"] if isinstance(of["mark"], str) else f"{of['mark']:g}"
+        text += f"  {'meets' if of['met'] else 'misses'} {mark}"
     return text
 
 
