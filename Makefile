@@ -6,7 +6,7 @@ DEMO ?= build/demo
 DATA ?=
 WS ?= build/real/$(notdir $(patsubst %/,%,$(DATA)))
 
-.PHONY: setup demo test check real bench bench-items train-embedded clean
+.PHONY: setup demo test check real bench bench-items bench-users train-embedded clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -45,6 +45,10 @@ bench: setup
 # Figures of docs/items.md: make bench-items DATA=folder with captioned and hm_sample (about an hour).
 bench-items: setup
 	$(BIN)/python benchmarks/items.py --data $(DATA)
+
+# Figures of docs/users.md: make bench-users DATA=folder with ml100k_posters and hm_sample (about three hours on one core).
+bench-users: setup
+	$(BIN)/python benchmarks/users.py --data $(DATA)
 
 # What the embedded model learns and ships with: make train-embedded DATA=folder with captions.csv (about half an hour).
 train-embedded: setup

@@ -95,7 +95,7 @@ def summarise(mllm: Mllm | None, windows: Sequence[Window], config: UsersConfig)
     made = []
     for row, (window, text, rule) in enumerate(zip(windows, written, composed, strict=True)):
         words = " ".join((text or "").split()).rstrip(". ")
-        sound = words and not unsupported_words(words, *window.events, *window.tastes, prompts.NO_TASTE)
+        sound = words and not unsupported_words(words, *window.events, *window.tastes, prompts.SUMMARY_WORDS)
         made.append(Summary(words, "model") if sound else Summary(rule.text, "rule", errors.get(row, "")))
     return made
 
