@@ -51,7 +51,6 @@ class Said:
     rises: tuple[str, ...] = ()
     fades: tuple[str, ...] = ()
     lately: tuple[str, ...] = ()
-    """Not printed by itself: the summary tells it."""
     summary: str = ""
 
 
@@ -113,7 +112,7 @@ def named_in(text: str, facts: Iterable[str]) -> set[str]:
 
 def meets(said: Said, wanted: Collection[str], facts: Iterable[str]) -> bool:
     """Whether the preference names one of the facts `wanted`; `facts` are all that the user's items have."""
-    names = {*said.stays, *said.rises, *named_in(said.summary, facts)}
+    names = {*said.stays, *said.rises, *said.lately, *named_in(said.summary, facts)}
     return any(plain(name) in wanted for name in names)
 
 
@@ -155,12 +154,11 @@ def said_of_change(bench: Bench, log: Log, people: Sequence[Person]) -> dict[str
     }
     for name, parts in {
         "by counts alone: stays, rises or lately": ("stays", "rises", "lately"),
+        "as what stays or rises, or in the summary": ("stays", "rises", "summary"),
         "rises only": ("rises",),
-        "summary only": (),
+        "summary only": ("summary",),
     }.items():
-        only = [Said(rises=tuple(n for part in parts for n in getattr(s, part))) for s in said]
-        if not parts:
-            only = [Said(summary=s.summary) for s in said]
+        only = [Said(**{part: getattr(s, part) for part in parts}) for s in said]
         found[name] = figure([meets(s, true_to(t), f) for s, (_, f, t) in zip(only, triples, strict=True)])
     found["old taste fades, at the end"] = figure([of[-1] for of in fading])
     found["old taste fades, at some event by the end"] = figure([any(of) for of in fading])
