@@ -19,7 +19,7 @@ from mllm_srec.ranking import Candidates, Fusion
 from mllm_srec.retrieval import Retriever, choose_content_weight
 from mllm_srec.user_states import NOBODY, UserState
 
-LISTS, KEPT, PRIORS = 200, 16, 64
+LISTS, KEPT, PRIORS = 120, 16, 64
 """Lists read at most; lists kept together; items of the empty user read together."""
 CUTOFF = 10
 STATE, RAW, ONLY = "own state + n", "raw, tokens of own state + n", "own state only"
