@@ -26,13 +26,14 @@ from mllm_srec.user_states import NOBODY, History, UserState
 ALL = 1 << 30
 RECENT = (0, 1, 3, 5, 10)
 """What validation chooses from; the whole history is a control: its prompts are ten times as long."""
-CHOOSING, TARGETS, CONTROLS = 150, 300, 100
-"""Targets of validation, of the main conditions, and of all others (a seeded part of these)."""
+CHOOSING, TARGETS, CONTROLS, LONG = 150, 300, 100, 50
+"""Targets of validation, of the main conditions, of all others (a seeded part of these), and of the whole history."""
 KEPT = 50
 """Requests kept together."""
 
 OWN, RAW, OTHER = "own state + n", "raw, tokens of own state + n", "another's state + n"
 STATE, RAW_STATE, OTHER_STATE = "own state only", "raw, tokens of own state only", "another's state only"
+WHOLE = "raw, all"
 MAIN = (OWN, RAW, OTHER, STATE, RAW_STATE, OTHER_STATE)
 PAIRS = (
     (OWN, OTHER, above_zero),
@@ -40,7 +41,7 @@ PAIRS = (
     (OWN, "another's state, own last n", None),
     (OWN, STATE, None),
     (OWN, "raw, last n", None),
-    (OWN, "raw, all", None),
+    (OWN, WHOLE, None),
     (OWN, "windows shuffled, own last n", None),
     (OWN, "summaries by rule", None),
     (OWN, "nobody", None),
@@ -97,7 +98,7 @@ def measure(bench: Bench, log: Log) -> dict[str, Any]:
     part = np.sort(np.random.default_rng(SEED + 1).permutation(len(cases))[:CONTROLS])
     values, result = {}, {}
     for name, states in conditions(bench, log, cases, chosen["chosen"]).items():
-        rows = np.arange(len(cases)) if name in MAIN else part
+        rows = np.arange(len(cases)) if name in MAIN else part[:LONG] if name == WHOLE else part
         told, asked = [states[row] for row in rows], [cases[row] for row in rows]
         values[name] = np.full(len(cases), np.nan)
         values[name][rows] = read(bench, log, told, asked, f"{log.name} {name}")
@@ -146,7 +147,7 @@ def conditions(bench: Bench, log: Log, cases: Sequence[Case], recent: int) -> di
         "another's state, own last n": last_of(other),
         RAW: as_long_as(own),
         "raw, last n": raw,
-        "raw, all": [with_recent(log, bare, case, ALL) for bare, case in zip(raw, cases, strict=True)],
+        WHOLE: [with_recent(log, bare, case, ALL) for bare, case in zip(raw, cases, strict=True)],
         "windows shuffled, own last n": last_of(out_of_order),
         "summaries by rule": last_of(by_rule),
         STATE: only,

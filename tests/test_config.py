@@ -62,7 +62,7 @@ def test_the_default_is_the_embedded_model_at_its_small_size() -> None:
     assert config == Config() == load_config(preset="embedded")
     assert (config.model.name, config.users.window, config.retrieval.candidates) == ("embedded", 6, 20)
     assert config.users == UsersConfig(
-        windows="count", window=6, step=3, session_hours=24, summary="generate", recent=5
+        windows="count", window=6, step=3, session_hours=24, summary="generate", recent=10
     )
 
 

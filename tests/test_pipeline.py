@@ -358,7 +358,7 @@ def test_nothing_of_validation_or_test_is_in_a_training_record(copied: Path, mon
         own = histories.of(user)
         assert state.end <= position < validation
         assert history.tolist() == own[: state.end].tolist()
-        assert state.recent == tuple(own[max(0, state.end - 5) : state.end])
+        assert state.recent == tuple(own[max(0, state.end - 10) : state.end])
         assert state.as_of == histories.time[histories.span(user)][state.end - 1]
         assert positive == own[position]
         assert not set(negatives) & {positive, *history.tolist()}

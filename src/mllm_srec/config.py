@@ -111,7 +111,7 @@ class UsersConfig(_Section):
     summary: Literal["compose", "generate"] = "generate"
     """`generate`: the model writes each window's summary, checked for invention; `compose`: it is made of the facts."""
     summary_tokens: int = Field(24, ge=4)
-    recent: int = Field(5, ge=0)
+    recent: int = Field(10, ge=0)
     """Newest items that enter the ranking prompt in raw short form."""
 
     @model_validator(mode="after")
