@@ -102,7 +102,8 @@ def test_dislikes_are_said_as_such_and_are_no_tastes() -> None:
 
 def test_the_newest_dislikes_of_the_newest_window_are_named() -> None:
     made = state("defghiab", low="defab", window=4)
-    assert made.preference.endswith(prompts.preference([], [], [], [], ["a the title", "b the title"], prompts.NO_TASTE))
+    said = prompts.preference([], [], [], [], ["a the title", "b the title"], prompts.NO_TASTE)
+    assert made.preference.endswith(said)
     assert state("defdef", low="def", window=3, step=3).preference.count("the title") == DISLIKED_NAMED
     assert "rated low" not in state("defghiga", low="def", window=4).preference
 
