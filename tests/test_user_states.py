@@ -189,7 +189,7 @@ def test_a_state_names_what_stays_rises_fades_and_is_sure() -> None:
     assert made.phrases == tuple(dict.fromkeys(["blue", *made.movement.lately, "red"]))
     steady = state("abcabcabcabc", window=4)
     assert steady.stable["red"] >= STRONG and steady.profile == profile([strong("red")])
-    assert steady.preference == prompts.preference([strong("red")], [], [], [], [], prompts.NO_TASTE)
+    assert steady.preference == prompts.preference([strong("red")], [], [], ["scarf"], [], prompts.NO_TASTE)
 
 
 def test_the_past_fades_window_by_window() -> None:
