@@ -87,9 +87,10 @@ class UserState:
 
     @property
     def phrases(self) -> tuple[str, ...]:
-        """The current tastes by name: what rises, what stays, what the newest window shows, what is stable."""
+        """The current tastes by name: what rises, what stays, what the newest window shows, what is stable and does not fade."""
         moving = self.movement
-        return tuple(dict.fromkeys([*moving.rises, *moving.stays, *moving.lately, *self.stable]))
+        stable = [fact for fact in self.stable if fact not in moving.fades]  # what fades speaks for no item
+        return tuple(dict.fromkeys([*moving.rises, *moving.stays, *moving.lately, *stable]))
 
     def asked_at(self, time: int) -> "UserState":
         """The same state at a later moment (ms UTC): how long ago the newest event was is all that it adds."""
