@@ -87,7 +87,7 @@ class UserState:
 
     @property
     def phrases(self) -> tuple[str, ...]:
-        """The current tastes by name: what rises, what stays, what the newest window shows, what is stable and does not fade."""
+        """The current tastes by name: what rises, stays, shows in the newest window, is stable and does not fade."""
         moving = self.movement
         stable = [fact for fact in self.stable if fact not in moving.fades]  # what fades speaks for no item
         return tuple(dict.fromkeys([*moving.rises, *moving.stays, *moving.lately, *stable]))
