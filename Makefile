@@ -50,7 +50,7 @@ bench-items: setup
 bench-users: setup
 	$(BIN)/python benchmarks/users.py --data $(DATA)
 
-# What the embedded model learns and ships with: make train-embedded DATA=folder with captions.csv (about half an hour).
+# What the embedded model learns and ships with: make train-embedded DATA=folder with captions.csv (under an hour).
 train-embedded: setup
 	$(BIN)/python tools/train_embedded.py --captioned $(DATA)
 

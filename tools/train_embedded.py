@@ -5,7 +5,7 @@
 Three steps: features of all pictures; the classifiers of goods, colours and patterns on them (both kept in the work
 folder and taken up again); then the language model learns to answer from the picture's tokens, to say what simulated
 users want, and what they choose next (its LoRA is kept in the work folder every 20 steps). Writes
-src/mllm_srec/mllm/trained/embedded.safetensors. About half an hour on two cores with nothing else to do; seeded.
+src/mllm_srec/mllm/trained/embedded.safetensors. Under an hour on two cores with nothing else to do; seeded.
 """
 
 import argparse
