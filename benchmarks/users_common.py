@@ -175,8 +175,8 @@ def with_recent(log: Log, state: UserState, case: Case, recent: int) -> UserStat
 
 
 def without_words(state: UserState) -> UserState:
-    """Raw history alone: neither profile nor preference."""
-    return replace(state, profile="", preference="")
+    """Raw history alone: neither profile nor preference, and no choice in full."""
+    return replace(state, profile="", preference="", typical=None, newest=None)
 
 
 # What a state names

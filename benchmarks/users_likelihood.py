@@ -34,11 +34,14 @@ KEPT = 50
 OWN, RAW, OTHER = "own state + n", "raw, tokens of own state + n", "another's state + n"
 STATE, RAW_STATE, OTHER_STATE = "own state only", "raw, tokens of own state only", "another's state only"
 WHOLE = "raw, all"
+CHOICES = "own choices in full + n, no words"
 MAIN = (OWN, RAW, OTHER, STATE, RAW_STATE, OTHER_STATE)
 PAIRS = (
     (OWN, OTHER, above_zero),
     (OWN, RAW, not_below_zero),
     (OWN, "another's state, own last n", None),
+    (OWN, CHOICES, None),
+    (OWN, "own words + n", None),
     (OWN, STATE, None),
     (OWN, "raw, last n", None),
     (OWN, WHOLE, None),
@@ -126,7 +129,9 @@ def conditions(bench: Bench, log: Log, cases: Sequence[Case], recent: int) -> di
     only = [replace(state, recent=()) for state in own]
     raw = [without_words(state) for state in own]
     moved = derangement(len(cases), SEED)
-    other = [replace(own[at], waited=state.waited) for at, state in zip(moved, own, strict=True)]
+    other = [
+        replace(own[stranger(own, moved, at, case.target)], waited=own[at].waited) for at, case in enumerate(cases)
+    ]
     composed = log.config.model_copy(update={"summary": "compose"})
     by_rule = states_of(bench, log, cases, f"{log.name} by rule", composed)
     turned = [replace(case, history=shuffled(case.history, case.end, log.config.step, case.user)) for case in cases]
@@ -145,6 +150,8 @@ def conditions(bench: Bench, log: Log, cases: Sequence[Case], recent: int) -> di
         OWN: own,
         OTHER: other,
         "another's state, own last n": last_of(other),
+        CHOICES: [replace(state, profile="", preference="") for state in own],
+        "own words + n": [replace(state, typical=None, newest=None) for state in own],
         RAW: as_long_as(own),
         "raw, last n": raw,
         WHOLE: [with_recent(log, bare, case, ALL) for bare, case in zip(raw, cases, strict=True)],
@@ -153,10 +160,21 @@ def conditions(bench: Bench, log: Log, cases: Sequence[Case], recent: int) -> di
         STATE: only,
         OTHER_STATE: [replace(state, recent=()) for state in other],
         RAW_STATE: as_long_as(only),
-        "profile alone": [replace(state, preference="") for state in only],
-        "preference alone": [replace(state, profile="") for state in only],
+        "profile alone": [replace(state, preference="", newest=None) for state in only],
+        "preference alone": [replace(state, profile="", typical=None) for state in only],
         "nobody": [NOBODY] * len(cases),
     }
+
+
+def stranger(states: Sequence[UserState], moved: np.ndarray, at: int, target: int) -> int:
+    """The next of the other users, in the cycle `moved`, who is shown no choice of item `target`.
+
+    The target's own user never is, since repeats are dropped; copying it would be an answer, not a taste.
+    """
+    other = int(moved[at])
+    while other != at and target in (*states[other].recent, states[other].typical, states[other].newest):
+        other = int(moved[other])
+    return other
 
 
 def shuffled(history: History, end: int, step: int, seed: int) -> History:

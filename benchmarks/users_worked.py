@@ -103,14 +103,19 @@ def state_told(log: Log, history: History, state: UserState) -> list[str]:
     named = [f"{part} {', '.join(names) or '-'}" for part, names in printed.items()]
     by = ", ".join(f"{origin} {share:.2f}" for origin, share in zip(ORIGINS, state.by_origin, strict=True))
     return [
-        f"- profile: The user {state.profile}.",
-        f"- preference: Lately the user {state.preference}.",
+        f"- profile: The user {state.profile}. Typical choice: {in_full(log, state.typical)}",
+        f"- preference: Lately the user {state.preference}. Newest choice: {in_full(log, state.newest)}",
         f"- named: {'; '.join(named)}",
         f"- stable: {strengths(state.stable)}",
         f"- choices explained by {by}",
         f"- newest items: {'; '.join(log.catalogue.lines[item] for item in state.recent)}",
         "",
     ]
+
+
+def in_full(log: Log, item: int | None) -> str:
+    """A choice as the state tells it."""
+    return "-" if item is None else log.catalogue.candidates[item]
 
 
 def show_worked(result: dict[str, Any]) -> None:

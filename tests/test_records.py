@@ -47,6 +47,19 @@ def test_the_prompt_holds_profile_preference_recent_items_candidate_and_question
     assert request.question == prompts.QUESTION
 
 
+def test_two_choices_are_told_in_full_and_none_twice() -> None:
+    def told(typical: int | None, newest: int | None) -> str:
+        state = replace(STATE, recent=(), typical=typical, newest=newest)
+        return shown(ranking_request(state, CATALOGUE, [3]).prefix)
+
+    plain, d, f = told(None, None), CATALOGUE.candidates[3], CATALOGUE.candidates[5]
+    assert "choice:" not in plain
+    both = told(3, 5)
+    assert both.index(f"Typical choice: {d}\n") < both.index(f"Newest choice: {f}\n")
+    assert told(5, 5) == told(None, 5) == plain.replace("Will the", f"Newest choice: {f}\nWill the")
+    assert f"Typical choice: {d}" in told(3, None)
+
+
 def test_the_prompt_tells_how_long_ago_the_last_choice_was_only_where_that_is_known() -> None:
     wait = 3 * 24 * 3_600_000
     told = shown(ranking_request(STATE.asked_at(7 + wait), CATALOGUE, [3]).prefix)

@@ -251,6 +251,27 @@ def test_the_time_since_the_last_event_is_all_that_a_later_moment_adds() -> None
     assert NOBODY.asked_at(4) is NOBODY
 
 
+def test_two_choices_stand_for_a_user_the_one_that_meets_the_tastes_best_and_the_newest() -> None:
+    made = state("abcabcgd", window=4, step=4)  # red is a taste of the closed windows; g and d have it not
+    assert list(made.stable) == ["red"] and "red" not in CATALOGUE.facts[place("d")[0]]
+    assert (made.typical, made.newest) == (place("c")[0], place("d")[0])  # of equal ones the newest
+    assert state("abcabcga", window=4, step=4).newest == place("a")[0]
+
+
+def test_a_choice_that_was_rated_low_stands_for_nobody() -> None:
+    made = state("abcabcgd", low="cd", window=4, step=4)
+    assert (made.typical, made.newest) == (place("b")[0], place("g")[0])
+    hated = state("abc", low="abc")
+    assert (hated.typical, hated.newest) == (None, None) == (NOBODY.typical, NOBODY.newest)
+
+
+@given(st.text("abcdeghi", min_size=1, max_size=14), st.integers(1, 13))
+def test_the_choices_told_in_full_are_choices_of_the_time(items: str, end: int) -> None:
+    end = min(end, len(items))
+    made = build_state(history(items), end, "", CATALOGUE, config())
+    assert made.newest == place(items)[end - 1] and made.typical in place(items[:end])
+
+
 @pytest.mark.parametrize(("recent", "kept"), [(0, ""), (1, "d"), (3, "bcd"), (9, "abcd")])
 def test_as_many_newest_items_are_kept_as_are_asked_for(recent: int, kept: str) -> None:
     assert state("abcd", recent=recent).recent == tuple(place(kept))

@@ -476,7 +476,7 @@ def next_choice(generator: np.random.Generator) -> tuple[Prompt, str]:
     newest = read_window(history, *window_bounds(end, history.time, config)[-1], catalogue)
     state = build_state(history, end, summary(simulated, newest), catalogue, config)
     if shown < 0.25:
-        state = replace(state, profile="", preference="")
+        state = replace(state, profile="", preference="", typical=None, newest=None)
     request = ranking_request(state.asked_at(int(history.time[end])), catalogue, [int(history.items[end])])
     return request.prefix, request.candidates[0]
 

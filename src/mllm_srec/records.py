@@ -41,7 +41,9 @@ def ranking_request(state: UserState, catalogue: Catalogue, items: Sequence[int]
     """All candidates of a user in one request, direct form."""
     recent = [catalogue.lines[i] for i in state.recent]
     since = user_prompts.since(state.waited) if state.waited is not None else ""
-    prefix = Prompt((prompts.prefix(state.profile, state.preference, recent, since),), system=prompts.SYSTEM)
+    typical, newest = ("" if i is None else catalogue.candidates[i] for i in (state.typical, state.newest))
+    told = prompts.prefix(state.profile, state.preference, recent, since, typical if typical != newest else "", newest)
+    prefix = Prompt((told,), system=prompts.SYSTEM)
     return Request(prefix, tuple(catalogue.candidates[i] for i in items), prompts.QUESTION)
 
 

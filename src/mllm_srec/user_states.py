@@ -82,6 +82,10 @@ class UserState:
     """Catalogue positions of the newest items, oldest first."""
     window_start: int = 0
     """First event of the newest window."""
+    typical: int | None = None
+    """Catalogue position of the liked item that meets the profile's tastes best, of equal ones the newest."""
+    newest: int | None = None
+    """Catalogue position of the newest liked item."""
     waited: int | None = None
     """ms from the newest event to the moment that is asked about; None where that is not known."""
 
@@ -174,7 +178,17 @@ def build_state(history: History, end: int, summary: str, catalogue: Catalogue, 
         by_origin=by_origin,
         recent=tuple(int(i) for i in history.items[max(0, end - config.recent) : end]) if config.recent else (),
         window_start=bounds[-1][0],
+        typical=_typical(history, settled, stable, catalogue),
+        newest=_typical(history, end, {}, catalogue),
     )
+
+
+def _typical(history: History, end: int, wanted: Strengths, catalogue: Catalogue) -> int | None:
+    """Of the liked items of events [0, end) the one whose facts meet the `wanted` tastes best by the sum of their
+    strengths; of equal ones the newest. None where nothing is liked."""
+    liked = [int(history.items[at]) for at in range(end) if not history.disliked[at]]
+    met = {item: sum(wanted.get(fact, 0.0) for fact in catalogue.facts[item]) for item in liked}
+    return max(reversed(liked), key=met.__getitem__, default=None)
 
 
 def _profile(history: History, settled: int, catalogue: Catalogue) -> tuple[str, Strengths, tuple[float, float, float]]:

@@ -61,6 +61,8 @@ STATES = Table(
             ("stable", STRENGTHS),
             *((name, pa.float32()) for name in ("by_picture", "by_text", "by_both")),
             ("recent", pa.list_(pa.string())),
+            ("typical", pa.string()),
+            ("newest", pa.string()),
         ]
     ),
 )
@@ -345,6 +347,7 @@ def _state_row(state: UserState, catalogue: Catalogue) -> dict[str, object]:
         },
         **dict(zip(("by_picture", "by_text", "by_both"), state.by_origin, strict=True)),
         "recent": [catalogue.ids[i] for i in state.recent],
+        **{name: _id(getattr(state, name), catalogue) for name in ("typical", "newest")},
     }
 
 
@@ -364,4 +367,14 @@ def _as_state(row: dict[str, object], catalogue: Catalogue) -> UserState:
         by_origin=tuple(round(row[name], 4) for name in ("by_picture", "by_text", "by_both")),  # type: ignore
         recent=tuple(catalogue.place[item_id] for item_id in row["recent"]),  # type: ignore[attr-defined]
         window_start=int(row["window_start"]),  # type: ignore[call-overload]
+        typical=_place(row["typical"], catalogue),
+        newest=_place(row["newest"], catalogue),
     )
+
+
+def _id(item: int | None, catalogue: Catalogue) -> str | None:
+    return None if item is None else catalogue.ids[item]
+
+
+def _place(item_id: object, catalogue: Catalogue) -> int | None:
+    return None if item_id is None else catalogue.place[str(item_id)]

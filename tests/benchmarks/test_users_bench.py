@@ -127,7 +127,7 @@ def test_the_number_of_items_is_chosen_on_validation_by_the_mean(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cases = [case("abcdefgh", "i", 0), case("bcdefg", "j", 1)]
-    log = make_log(model=Model(likelihood=lambda before, _: -abs(before.count("the title") - 3)))
+    log = make_log(model=Model(likelihood=lambda before, _: -abs(before.count("\n- ") - 3)))
     monkeypatch.setattr(users_common.Log, "split", SimpleNamespace(validation="validation"))
     monkeypatch.setattr(users_common.Log, "cases", lambda _, targets: cases if targets == "validation" else [])
     monkeypatch.setattr(likelihood, "sample", lambda _, targets, count: targets)
@@ -180,7 +180,7 @@ def test_conditions_differ_in_what_they_say_and_share_the_moment(tmp_path: Path)
     log = make_log()
     times = [1000 * at for at in range(9)]
     cases = [
-        case("abcabdeg", "h", 0, 9_000, times[:8]),
+        case("abcabdeg", "c", 0, 9_000, times[:8]),
         case("defdefgh", "a", 1, 10_000, times[:8]),
         case("ghijghij", "b", 2, 11_000, times[:8]),
     ]
@@ -191,7 +191,11 @@ def test_conditions_differ_in_what_they_say_and_share_the_moment(tmp_path: Path)
         assert other[at].user_id != own[at].user_id == f"u{at}"
         assert (other[at].profile, other[at].recent) in {(state.profile, state.recent) for state in own}
         assert (mixed[at].user_id, mixed[at].recent) == (other[at].user_id, own[at].recent)
-        assert not any(s.profile or s.preference for s in (told[likelihood.RAW][at], told["raw, last n"][at]))
+        for bare in (told[likelihood.RAW][at], told["raw, last n"][at]):
+            assert (bare.profile, bare.preference, bare.typical, bare.newest) == ("", "", None, None)
+        assert of.target not in (*other[at].recent, other[at].typical, other[at].newest)
+        assert (told[likelihood.CHOICES][at].typical, told[likelihood.CHOICES][at].profile) == (own[at].typical, "")
+        assert (told["own words + n"][at].newest, told["own words + n"][at].profile) == (None, own[at].profile)
         assert told["raw, all"][at].recent == tuple(of.seen)
         assert told["profile alone"][at].profile and not told["profile alone"][at].preference
         for name, states in told.items():
@@ -202,6 +206,16 @@ def test_conditions_differ_in_what_they_say_and_share_the_moment(tmp_path: Path)
             assert log.tokens(bare) <= budget
             assert len(bare.recent) == of.end or log.tokens(longer) > budget
     assert {one for one, _, _ in likelihood.PAIRS} | {other for _, other, _ in likelihood.PAIRS} == set(told)
+
+
+def test_another_user_who_chose_the_target_is_passed_over() -> None:
+    shown = [replace(NOBODY, user_id=str(at), recent=of) for at, of in enumerate([(1,), (7,), (2,), (7, 3)])]
+    moved = np.array([1, 2, 3, 0])
+    assert [likelihood.stranger(shown, moved, at, 7) for at in (0, 2)] == [2, 0]
+    assert [likelihood.stranger(shown, moved, at, 9) for at in range(4)] == [1, 2, 3, 0]
+    full = [shown[0], replace(shown[2], typical=7), replace(shown[2], newest=7), shown[2]]
+    assert likelihood.stranger(full, moved, 0, 7) == 3
+    assert likelihood.stranger([replace(one, recent=(7,)) for one in shown], moved, 2, 7) == 2  # nobody is left
 
 
 # Change

@@ -39,9 +39,9 @@ def check(text: str, *parts: str) -> None:
 
 PRINTED = {
     "items-3": "ae2bd2668a4c7155",
-    "ranking-2": "83d3b27c220b9db3",
+    "ranking-3": "de588d98de793b50",
     "server-1": "a4e2b36255d67e30",
-    "users-2": "8ec9a3d954e33aae",
+    "users-3": "af78423e6485b564",
 }
 """Version -> hash of the module's text without the line of its version."""
 
@@ -259,7 +259,7 @@ def test_a_preference_says_each_movement_or_that_nothing_is_known(
         "stays with": stays,
         "newly turns to": rises,
         "turns away from": fades,
-        "lately chooses": more,
+        "chooses": more,
         "rated low": disliked,
     }
     assert [verb for verb in parts if verb in made] == [verb for verb, names in parts.items() if names]
@@ -340,6 +340,9 @@ def test_the_prefix_holds_what_is_known_and_ends_where_the_item_begins(
     wait = users.since(3 * DAY)
     told = ranking.prefix(taste or users.NOTHING, movement or users.NOTHING, recent, wait)
     assert made == told.replace(f"{wait}\n", "") != told
+    full = ranking.prefix(taste or users.NOTHING, movement or users.NOTHING, recent, wait, "tea.", "oat milk.")
+    assert told == full.replace("Typical choice: tea.\n", "").replace("Newest choice: oat milk.\n", "")
+    assert full.index("Typical choice: tea.") < full.index("Newest choice: oat milk.") < full.index(wait)
     assert ranking.prefix("", "", recent) == made[made.index("Last choices" if recent else "Will the user") :]
 
 

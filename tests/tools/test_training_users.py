@@ -258,6 +258,7 @@ def test_the_state_has_not_seen_the_next_item(monkeypatch: pytest.MonkeyPatch) -
         assert state.waited == user.history.time[state.end] - state.as_of > 0
         assert list(state.recent) == user.history.items[: state.end][-len(state.recent) or state.end :].tolist()
         assert item not in state.recent and len(state.recent) <= 12
+        assert {state.typical, state.newest} <= {None, *user.history.items[: state.end].tolist()}
         said = str(prefix.parts[0])
         forms.append((said.startswith("The user "), "Last choices" in said))
         assert said.endswith("Item: ")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-VERSION = "ranking-2"
+VERSION = "ranking-3"
 
 SYSTEM = "You predict which item a user chooses next."
 QUESTION = "\nYes or No?"
@@ -12,14 +12,19 @@ QUESTION_COT = "\nWhich facts meet or miss the taste? Then Yes or No."
 WITHOUT_TEXT = "item without text"
 
 
-def prefix(profile: str, preference: str, recent: Sequence[str], since: str = "") -> str:
+def prefix(
+    profile: str, preference: str, recent: Sequence[str], since: str = "", typical: str = "", newest: str = ""
+) -> str:
     """What all candidates of a user share: steps 1 and 2 of the chain of thought (what stays, what moves).
 
-    Without profile and preference, the choices alone speak.
+    `typical` and `newest` are choices told in full, as candidates are: they show what an item's text looks like, and
+    profile and preference what to read in it. Without all four, the choices in short form alone speak.
     """
     parts = [
         f"The user {profile}." if profile else "",
+        f"Typical choice: {typical}" if typical else "",
         f"Lately the user {preference}." if preference else "",
+        f"Newest choice: {newest}" if newest else "",
         "Last choices, oldest first:\n" + "\n".join(f"- {line}" for line in recent) if recent else "",
         since,
         "Will the user choose this item next?\nItem: ",

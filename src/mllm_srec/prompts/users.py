@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-VERSION = "users-2"
+VERSION = "users-3"
 
 SUMMARY_ANSWER = "This person wants"
 NOTHING = "shows no taste yet"
@@ -64,7 +64,7 @@ def preference(
         "stays with": stays,
         "newly turns to": rises,
         "turns away from": fades,
-        "lately chooses": [name for name in lately if name.lower() not in summary.lower()],
+        "chooses": [name for name in lately if name.lower() not in summary.lower()],
         "rated low": disliked,
     }
     parts = [f"{verb} {', '.join(names)}" for verb, names in named.items() if names]
