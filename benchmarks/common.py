@@ -6,7 +6,8 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -236,6 +237,43 @@ def derangement(count: int, seed: int) -> np.ndarray:
 
 
 # Showing
+
+
+def report(
+    head: dict[str, Any],
+    models: Mapping[str, str],
+    sections: Mapping[str, tuple[Callable[..., Any], Callable[[Any], None]]],
+    names: Sequence[str],
+    as_json: bool,
+    *given: object,
+) -> None:
+    """Measure the named sections and print machine, models and their tables, or all as one JSON object with `head`.
+
+    Args:
+        head: what stands before the sections, "machine" among it.
+        models: name -> identity.
+        sections: name -> (measures `given`, shows what was measured).
+        names: the sections that are wanted, in order.
+        as_json: one object at the end instead of tables.
+        given: what every section is called with.
+    """
+    measured: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    if not as_json:
+        for name, value in {**head["machine"], **models}.items():
+            print(f"{name:14s} {value}")
+        print()
+    for name in names:
+        measure, tables = sections[name]
+        section(name)
+        started = time.perf_counter()
+        measured[name] = measure(*given)
+        seconds[name] = round(time.perf_counter() - started, 1)
+        if not as_json:
+            tables(measured[name])
+            sys.stdout.flush()
+    if as_json:
+        print(json.dumps({**head, "sections": measured, "seconds": seconds}, indent=2))
 
 
 def shown(of: Figure, digits: int = 3) -> str:

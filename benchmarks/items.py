@@ -7,13 +7,9 @@ What is finished is kept in the work folder under the hash of what it depends on
 """
 
 import argparse
-import json
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
-from common import Bench, machine, section
+from common import Bench, machine, report
 from items_eyes import embeddings, eyes, show_embeddings, show_eyes
 from items_injection import injection, show_injection
 from items_memory import memory, show_memory
@@ -43,24 +39,9 @@ def main() -> None:
     if unknown := [name for name in names if name not in SECTIONS]:
         parser.error(f"unknown section {unknown[0]!r}: choose from {', '.join(SECTIONS)}")
     bench = Bench(options.data, options.work, options.limit)
-    result: dict[str, Any] = {"machine": machine(), "limit": options.limit}
-    result["models"] = {name: mllm.identity for name, mllm in bench.models.items()}
-    if not options.json:
-        for name, value in {**result["machine"], **result["models"]}.items():
-            print(f"{name:14s} {value}")
-        print()
-    result["sections"], result["seconds"] = {}, {}
-    for name in names:
-        measure, show = SECTIONS[name]
-        section(name)
-        started = time.perf_counter()
-        result["sections"][name] = measure(bench)
-        result["seconds"][name] = round(time.perf_counter() - started, 1)
-        if not options.json:
-            show(result["sections"][name])
-            sys.stdout.flush()
-    if options.json:
-        print(json.dumps(result, indent=2))
+    models = {name: mllm.identity for name, mllm in bench.models.items()}
+    result = {"machine": machine(), "limit": options.limit, "models": models}
+    report(result, models, SECTIONS, names, options.json, bench)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,9 @@ look, no result. Threads are those of the environment (OMP_NUM_THREADS).
 """
 
 import argparse
-import json
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
-from common import Bench, machine, section
+from common import Bench, machine, report
 from users_change import change, show_change
 from users_common import SETS
 from users_events import events, show_events
@@ -50,24 +46,8 @@ def main() -> None:
         if unknown := [name for name in given if name not in known]:
             parser.error(f"unknown {what} {unknown[0]!r}: choose from {', '.join(known)}")
     bench = Bench(options.data, options.work, options.limit)
-    result: dict[str, Any] = {"machine": machine(), "model": bench.trained.identity}
-    result |= {"sets": sets, "limit": options.limit}
-    if not options.json:
-        for name, value in {**result["machine"], "model": result["model"]}.items():
-            print(f"{name:14s} {value}")
-        print()
-    result["sections"], result["seconds"] = {}, {}
-    for name in names:
-        measure, show = SECTIONS[name]
-        section(name)
-        started = time.perf_counter()
-        result["sections"][name] = measure(bench, sets)
-        result["seconds"][name] = round(time.perf_counter() - started, 1)
-        if not options.json:
-            show(result["sections"][name])
-            sys.stdout.flush()
-    if options.json:
-        print(json.dumps(result, indent=2))
+    result = {"machine": machine(), "model": bench.trained.identity, "sets": sets, "limit": options.limit}
+    report(result, {"model": bench.trained.identity}, SECTIONS, names, options.json, bench, sets)
 
 
 if __name__ == "__main__":

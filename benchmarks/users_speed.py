@@ -1,4 +1,4 @@
-"""Section `speed`: users per second of writing all their windows, against one prompt at a time and the bare model."""
+"""Section `speed`: users per second of writing their windows, against one prompt at a time and the bare model."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,34 +27,43 @@ def speed(bench: Bench, sets: Sequence[str]) -> dict[str, Any]:
     names = [name for name in MEASURED if name in sets]
     if not names:
         return {}
-    mllm, windows, users = bench.trained, [], 0
+    mllm, read = bench.trained, []
     for name in names:
         log = opened(bench, name)
         count = min(USERS, max(1, bench.limit // len(names)) if bench.limit else USERS, len(log.histories.users))
         for user in np.sort(np.random.default_rng(SEED).permutation(len(log.histories.users))[:count]):
             history = log.history(int(user))
             bounds = window_bounds(len(history.items), history.time, log.config)
-            windows += [read_window(history, start, stop, log.catalogue) for start, stop in bounds]
-        users += count
+            of_user = [read_window(history, start, stop, log.catalogue) for start, stop in bounds]
+            read += [(window, window is of_user[-1]) for window in of_user]
         config = log.config
+    read.sort(key=lambda pair: len(pair[0].prompt))  # as `comprehend` does
+    windows, newest = [window for window, _ in read], [at for at, (_, last) in enumerate(read) if last]
     made_of = [mllm.identity, mllm.batch_size, torch.get_num_threads(), config.model_dump_json()]
     made_of += [window.prompt for window in windows]
     rounds = [
-        bench.kept(f"speed-{number}", __file__, made_of, lambda number=number: one_round(mllm, windows, config, number))
+        bench.kept(
+            f"speed-{number}",
+            __file__,
+            made_of,
+            lambda number=number: one_round(mllm, windows, newest, config, number),
+        )
         for number in range(1 if bench.limit else ROUNDS)
     ]
-    result = {"sets": names, "users": users, "windows": len(windows), "batch": mllm.batch_size}
+    result = {"sets": names, "users": len(newest), "windows": len(windows), "batch": mllm.batch_size}
     return result | medians(rounds)
 
 
-def one_round(mllm: LocalMllm, windows: Sequence[Window], config: UsersConfig, number: int) -> dict[str, Any]:
+def one_round(
+    mllm: LocalMllm, windows: Sequence[Window], newest: Sequence[int], config: UsersConfig, number: int
+) -> dict[str, Any]:
     """Seconds of every way to write the windows, one after the other, by both clocks."""
     say(f"speed: round {number + 1} of {ROUNDS}")
     # The slow way writes another third each round, so that all windows are written once.
     third = list(range(number % ROUNDS, len(windows), ROUNDS)) or [0]
 
-    def together() -> list[str]:
-        made = [summarise(mllm, batch, config) for batch in batches(windows, mllm.batch_size)]
+    def together(wanted: Sequence[Window]) -> list[str]:
+        made = [summarise(mllm, batch, config) for batch in batches(wanted, mllm.batch_size)]
         return [summary.text for of_batch in made for summary in of_batch]
 
     def one_at_a_time() -> list[str]:
@@ -63,7 +72,9 @@ def one_round(mllm: LocalMllm, windows: Sequence[Window], config: UsersConfig, n
     summarise(mllm, windows[:2], config)  # warms up
     seconds: dict[str, dict[str, float]] = {}
     with recorded(mllm) as calls:
-        seconds["batched"], texts = timed(together)
+        seconds["batched"], texts = timed(lambda: together(windows))
+    # All that a state needs: how taste moves is counted, and earlier windows' texts are for timelines.
+    seconds["newest only"], _ = timed(lambda: together([windows[at] for at in newest]))
     seconds["bare"], _ = timed(lambda: replay(mllm, calls, ()))
     taken, alone = timed(one_at_a_time)
     seconds["one at a time"] = {clock: value * len(windows) / len(third) for clock, value in taken.items()}
@@ -88,6 +99,7 @@ def medians(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
         result["seconds"][clock] = {name: spread(values) for name, values in seconds.items()}
         result["ratios"][clock] = {
             "batched against one at a time": spread(seconds["one at a time"] / seconds["batched"]),
+            "states against all windows one at a time": spread(seconds["one at a time"] / seconds["newest only"]),
             "bare share": spread(seconds["bare"] / seconds["batched"]),
         }
     for name, mark in MARKS.items():

@@ -153,8 +153,8 @@ def comprehend(
             if key not in windows:
                 as_of = None if history.time is None else int(history.time[stop - 1])
                 windows[key] = (history.user_id, read_window(history, start, stop, catalogue), as_of)
-    # By size, so that a batch's prompts are about as long and little is read that is only padding.
-    ordered = sorted(windows.items(), key=lambda pair: (pair[1][1].stop - pair[1][1].start, pair[0]))
+    # By length, so that a batch's prompts are about as long and little is read that is only padding.
+    ordered = sorted(windows.items(), key=lambda pair: (len(pair[1][1].prompt), pair[0]))
     jobs = [Job(key, window_mark(of[1], mllm, config), of) for key, of in ordered]
 
     def write(batch: list[Job]) -> list[dict[str, object]]:

@@ -1,5 +1,6 @@
 """The measures of benchmarks/users*.py by known answers, and every section on a tiny model."""
 
+import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -335,7 +336,7 @@ def test_the_state_is_compared_with_raw_history_under_the_same_reading() -> None
 
 def test_ratios_of_speed_are_the_medians_of_the_rounds() -> None:
     def a_round(batched: float, bare: float, alone: float) -> dict[str, Any]:
-        seconds = {"batched": batched, "bare": bare, "one at a time": alone}
+        seconds = {"batched": batched, "bare": bare, "one at a time": alone, "newest only": batched / 2}
         seconds_of = {name: {"processor": value, "wall": 2 * value} for name, value in seconds.items()}
         return {"seconds": seconds_of, "same_texts": 1.0, "written_one_at_a_time": 2}
 
@@ -343,6 +344,7 @@ def test_ratios_of_speed_are_the_medians_of_the_rounds() -> None:
     assert found["processor"]["batched against one at a time"] == {
         "value": 4, "least": 1, "most": 5, "mark": 4, "met": True,
     }  # fmt: skip
+    assert found["processor"]["states against all windows one at a time"]["value"] == 8
     assert found["processor"]["bare share"]["value"] == 0.75 and not found["processor"]["bare share"]["met"]
     assert "mark" not in found["wall"]["bare share"]
 
@@ -468,3 +470,24 @@ def write_shop() -> Callable[[Path], None]:
     from mllm_srec.data.sample import write_sample
 
     return lambda folder: write_sample(folder, users=24, seed=1)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_wanted_sections_are_measured_in_order_and_printed_in_one_way(
+    as_json: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measured(name: str) -> tuple[Any, Any]:
+        return (lambda given: {"told": f"{name} of {given}"}), (lambda found: print("table:", found["told"]))
+
+    sections = {name: measured(name) for name in ("one", "two", "three")}
+    head = {"machine": {"cores": 2}, "limit": 0}
+    common.report(head, {"model": "tiny"}, sections, ["three", "one"], as_json, "it")
+    out = capsys.readouterr().out
+    if not as_json:
+        assert [line.split() for line in out.splitlines() if line] == [
+            ["cores", "2"], ["model", "tiny"], ["table:", "three", "of", "it"], ["table:", "one", "of", "it"],
+        ]  # fmt: skip
+        return
+    found = json.loads(out)
+    assert list(found) == ["machine", "limit", "sections", "seconds"] and list(found["seconds"]) == ["three", "one"]
+    assert found["sections"] == {"three": {"told": "three of it"}, "one": {"told": "one of it"}}
