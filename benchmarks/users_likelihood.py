@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from common import SEED, Bench, above_zero, derangement, difference, figure, not_below_zero, show, shown
 from users_common import (
+    SAMPLE,
     Case,
     Log,
     newest_within,
@@ -30,6 +31,9 @@ CHOOSING, TARGETS, CONTROLS, LONG = 150, 300, 100, 50
 """Targets of validation, of the main conditions, of all others (a seeded part of these), and of the whole history."""
 KEPT = 50
 """Requests kept together."""
+STRANGERS = 8
+"""Other users that every user of the shop is compared with: its texts come from a few templates, and whether a choice
+that is shown happens to be of the target's template is most of what one comparison tells."""
 
 OWN, RAW, OTHER = "own state + n", "raw, tokens of own state + n", "another's state + n"
 STATE, RAW_STATE, OTHER_STATE = "own state only", "raw, tokens of own state only", "another's state only"
@@ -119,7 +123,41 @@ def measure(bench: Bench, log: Log) -> dict[str, Any]:
         "shuffled": int(sum(case.end > log.config.step for case in cases)),
         "conditions": result,
         "differences": differences,
+        "strangers": strangers(bench, log, chosen["chosen"]) if log.name == SAMPLE else None,
     }
+
+
+def strangers(bench: Bench, log: Log, recent: int) -> dict[str, Any]:
+    """All test targets under the own state + n, minus their mean under the same of `STRANGERS` other users each.
+
+    A user's prompt is read once, with the own target and those of others behind it; so another's prompt tells the wait
+    of its own target.
+    """
+    cases = log.cases(sample(bench, log.split.test, len(log.split.test)))
+    states = states_of(bench, log, cases, f"{log.name} all")
+    own = [with_recent(log, state, case, recent) for state, case in zip(states, cases, strict=True)]
+    moved = derangement(len(cases), SEED)
+    asked = [[at] for at in range(len(cases))]
+    for at, case in enumerate(cases):
+        other = at
+        for _ in range(min(STRANGERS, len(cases) - 1)):
+            other = stranger(own, moved, other, case.target)
+            if other == at:  # round the whole cycle
+                break
+            asked[other].append(at)
+    requests = [
+        log.request(state, [cases[at].target for at in wanted]) for state, wanted in zip(own, asked, strict=True)
+    ]
+    found = logliks(bench, log.mllm, requests, f"{log.name} own and others' states", KEPT)
+    of_others: list[list[float]] = [[] for _ in cases]
+    for wanted, values in zip(asked, found, strict=True):
+        for at, value in zip(wanted[1:], values[1:], strict=True):
+            of_others[at].append(float(value))
+    compared = [at for at, values in enumerate(of_others) if values]
+    mine = np.array([found[at][0] for at in compared])
+    users = np.array([cases[at].user for at in compared])
+    apart = difference(mine, np.array([np.mean(of_others[at]) for at in compared]), users)
+    return {"targets": len(compared), "others": STRANGERS, "own - others": above_zero(apart)}
 
 
 def conditions(bench: Bench, log: Log, cases: Sequence[Case], recent: int) -> dict[str, list[UserState]]:
@@ -199,4 +237,7 @@ def show_likelihood(result: dict[str, Any]) -> None:
         title = f"likelihood, {name}: {of['targets']} test targets, {of['shuffled']} of them with runs to shuffle"
         show(title, ("told", "log-likelihood per token", "prompt tokens"), rows)
         rows = [(label, shown(found, 4)) for label, found in of["differences"].items()]
+        if apart := of["strangers"]:
+            label = f"(own state + n) - (those of {apart['others']} others), {apart['targets']} targets"
+            rows.append((label, shown(apart["own - others"], 4)))
         show(f"likelihood, {name}: paired differences", ("difference", "nats per token"), rows)

@@ -219,6 +219,23 @@ def test_another_user_who_chose_the_target_is_passed_over() -> None:
     assert likelihood.stranger([replace(one, recent=(7,)) for one in shown], moved, 2, 7) == 2  # nobody is left
 
 
+def test_the_own_state_is_compared_with_the_mean_of_others_who_did_not_choose_the_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The likelihood is minus the number of choices shown: 2, 3 and 4. What the first chose next, the second is shown.
+    cases = [case("ab", "e", 0), case("cde", "j", 1), case("fghi", "j", 2)]
+    log = make_log(model=Model(likelihood=lambda before, _: -before.count("\n- ")))
+    monkeypatch.setattr(users_common.Log, "split", SimpleNamespace(test="test"))
+    monkeypatch.setattr(users_common.Log, "cases", lambda _, targets: cases)
+    monkeypatch.setattr(likelihood, "sample", lambda _, targets, count: targets)
+    found = likelihood.strangers(common.Bench(tmp_path, tmp_path, 0), log, 10)
+    assert found["targets"] == 3
+    assert found["own - others"]["value"] == pytest.approx(((4 - 2) + (6 / 2 - 3) + (5 / 2 - 4)) / 3)
+    cases = [case("ab", "e", 0), case("cde", "e", 1)]
+    found = likelihood.strangers(common.Bench(tmp_path, tmp_path, 0), log, 10)
+    assert (found["targets"], found["own - others"]["value"]) == (1, 2 - 3)
+
+
 # Change
 
 TASTE = {
