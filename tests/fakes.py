@@ -15,7 +15,7 @@ from mllm_srec.catalogue import Catalogue, fact_rates
 from mllm_srec.config import Config, UsersConfig
 from mllm_srec.data.dataset import Dataset
 from mllm_srec.facts import Origin, category_facts
-from mllm_srec.mllm.base import Answer, Picture, Prompt, Question, Request
+from mllm_srec.mllm.base import Answer, Candidate, Picture, Prompt, Question, Request
 from mllm_srec.prompts import ranking as prompts
 from mllm_srec.tastes import Movement
 from mllm_srec.user_states import UserState
@@ -59,7 +59,13 @@ class FakeMllm:
         return [[self._answer(prefix, question, max_new_tokens) for question in questions] for prefix in prefixes]
 
     def _answer(self, prefix: Prompt, question: Question, max_new_tokens: int) -> Answer:
-        """Sure of what it sees; without a picture or before a strange one every option alike, and "a thing"."""
+        """Sure of what it sees; without a picture or before a strange one every option alike, and "a thing".
+
+        Of what a question is about it says what `generate` would say to the whole prompt.
+        """
+        if question.about:
+            whole = Prompt((*prefix.parts, question.about + question.ask), prefix.system)
+            return Answer(self.generate([whole], max_new_tokens)[0], -0.5, np.zeros(0, np.float32))
         hashes = [part.sha256 for part in prefix.parts if isinstance(part, Picture)]
         keys = [key for sha in hashes for key in ((sha, question.answer), question.answer, sha)]
         seen = next((self.sees[key] for key in keys if key in self.sees), None)
@@ -79,7 +85,8 @@ class FakeMllm:
         self.scored += requests
         return [np.array([self._pair(request, c) for c in request.candidates], np.float32) for request in requests]
 
-    def _pair(self, request: Request, candidate: str) -> tuple[float, float]:
+    def _pair(self, request: Request, candidate: Candidate) -> tuple[float, float]:
+        assert isinstance(candidate, str)
         before = shown(request.prefix)
         odds = self.odds(before, candidate) if request.question else float("nan")
         return odds, self.likelihood(before, candidate)

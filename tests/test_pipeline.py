@@ -107,7 +107,7 @@ def test_a_second_run_asks_the_model_nothing_and_finds_the_same(copied: Path, mo
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the model was asked")
 
-    for method in ("generate", "score", "loglik", "embed", "read_row"):
+    for method in ("generate", "ask", "score", "loglik", "embed", "read"):
         monkeypatch.setattr(LocalMllm, method, refuse)
     monkeypatch.setattr("mllm_srec.mllm.text_encoder.TextEncoder.encode", refuse)
     before = (copied / "runs/main/metrics.json").read_bytes()

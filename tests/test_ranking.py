@@ -444,5 +444,21 @@ def test_a_model_of_transformers_ranks_through_the_same_interface(workspace: Wor
     assert np.isfinite(fused).all()
     alone = mllm.score([Request(ranking_request(states(3)[1], CATALOGUE, [2]).prefix, (CATALOGUE.candidates[2],), "?")])
     np.testing.assert_allclose(made.loglik[1, 1], alone[0][0, 1], atol=1e-4)
+    asked = len(mllm.prefixes)
+    with pytest.MonkeyPatch.context() as patch:  # stored: nothing is read, nor compared with separate prompts again
+        patch.setattr(ranking, "check_packing", lambda *_: pytest.fail("compared again"))
+        again = score_lists(workspace, mllm, CATALOGUE, states(3), LISTS, RETRIEVED, "test")
+    np.testing.assert_array_equal(again.odds, made.odds)
+    assert len(mllm.prefixes) == asked
     reasons = explain(mllm, CATALOGUE, STATE, HISTORY, [2], [None], [None])
     assert reasons[0].facts == ("hat", "red", "wool")
+
+
+def test_a_model_that_packs_wrongly_ranks_nothing(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mllm_srec.mllm.pieces import Piece
+    from tiny_models import tiny_mllm
+
+    monkeypatch.setattr(Piece, "following", property(lambda piece: len(piece) + 1))
+    with pytest.raises(ModelError, match="packed scores differ from those of separate prompts"):
+        score_lists(workspace, tiny_mllm(), CATALOGUE, states(3), LISTS, RETRIEVED, "test")
+    assert len(workspace.rows(SCORES)) == 0

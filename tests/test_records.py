@@ -15,7 +15,7 @@ from mllm_srec.records import (
     EVENTS_SHOWN,
     FACTS_SHOWN,
     Evidence,
-    explain_prompt,
+    explain_questions,
     find_evidence,
     ranking_request,
     rationale,
@@ -88,12 +88,10 @@ def test_a_candidate_stands_nowhere_but_in_its_own_place(order: list[int]) -> No
 
 
 def test_the_chain_of_thought_differs_only_in_its_question() -> None:
-    direct, cot = ranking_request(STATE, CATALOGUE, [3]), explain_prompt(STATE, CATALOGUE, 3)
-    assert cot.system == direct.prefix.system
-    assert cot.parts == (
-        *direct.prefix.parts,
-        "d the title. blue shoe." + prompts.QUESTION_COT,
-    )
+    direct, (prefix, asked) = ranking_request(STATE, CATALOGUE, [3]), explain_questions(STATE, CATALOGUE, [3, 1])
+    assert prefix == direct.prefix
+    assert [question.about for question in asked] == [*direct.candidates, CATALOGUE.candidates[1]]
+    assert {(question.ask, question.answer, question.options) for question in asked} == {(prompts.QUESTION_COT, "", ())}
 
 
 # Evidence

@@ -15,6 +15,7 @@ from mllm_srec.config import Config, TrainingConfig
 from mllm_srec.errors import ModelError
 from mllm_srec.mllm.base import Prompt, Request
 from mllm_srec.mllm.local import LocalMllm
+from mllm_srec.mllm.pieces import Piece
 from mllm_srec.prompts import ranking as prompts
 from mllm_srec.records import TrainingRecord
 from mllm_srec.tuning import ANSWER_WEIGHT, COT_WEIGHT, row_loss, train
@@ -309,6 +310,42 @@ def test_bfloat16_weights_are_trained_by_a_float32_adapter(tmp_path: Path) -> No
     assert {weight.dtype for weight in load_file(tmp_path / ADAPTER).values()} == {torch.float32}
     assert {weight.dtype for weight in half.model.parameters()} == {torch.bfloat16}
     assert sum(float(row_loss(half, row)) for row in RECORDS) < 0.6 * before
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen3_vl"])
+def test_checkpointed_layers_learn_the_same(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, reads = [], []
+    for checkpointing in (False, True):
+        mllm, calls = tiny_mllm(kind), [0]
+
+        def count(*_: Any, calls: list[int] = calls) -> None:
+            calls[0] += 1
+
+        mllm.model.get_decoder().layers[-1].self_attn.q_proj.register_forward_hook(count)
+        train(mllm, RECORDS, settings(gradient_checkpointing=checkpointing, rank=4), tmp_path / str(checkpointing))
+        trained.append(load_file(tmp_path / str(checkpointing) / ADAPTER))
+        reads.append(calls[0])
+        assert not any(module.training for module in mllm.model.modules())
+    assert reads[1] == reads[0] + 4 * len(RECORDS)  # once more for every row's backward pass
+    for name, weight in trained[0].items():
+        torch.testing.assert_close(trained[1][name], weight, atol=1e-5, rtol=1e-4)
+
+
+def test_rows_that_read_otherwise_than_separate_prompts_are_not_trained_on(
+    mllm: LocalMllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Piece, "following", property(lambda piece: len(piece) + 1))
+    with pytest.raises(ModelError, match="packed scores differ from those of separate prompts"):
+        train(mllm, RECORDS, settings(), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_an_expectation_with_pictures_in_its_candidates(mllm: LocalMllm) -> None:
+    plain, seen = record(), record()
+    shown = tuple((candidate, RED) for candidate in seen.request.candidates if isinstance(candidate, str))
+    seen = replace(seen, request=replace(seen.request, candidates=shown))
+    assert abs(float(row_loss(mllm, seen)) - float(row_loss(mllm, plain))) > 1e-3
+    assert tuning.mark(mllm, [seen], settings()) != tuning.mark(mllm, [plain], settings())
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "idefics3"])

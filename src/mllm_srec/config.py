@@ -144,6 +144,8 @@ class TrainingConfig(_Section):
     learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
     accumulate: int = Field(4, ge=1)
     """Rows per optimiser step."""
+    gradient_checkpointing: bool = False
+    """Layers' inner values are computed again in the backward pass instead of kept: less memory, more time."""
     save_steps: int = Field(25, ge=1)
 
 

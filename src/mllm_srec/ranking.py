@@ -17,11 +17,13 @@ from mllm_srec import metrics
 from mllm_srec.catalogue import Catalogue
 from mllm_srec.errors import ModelError
 from mllm_srec.facts import unsupported_words
-from mllm_srec.mllm.base import Mllm, Request, check_finite
+from mllm_srec.mllm.base import Mllm, Picture, Request, check_finite, told
+from mllm_srec.mllm.guard import check_packing
+from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.prompts import ranking as prompts
 from mllm_srec.records import (
     Evidence,
-    explain_prompt,
+    explain_questions,
     find_evidence,
     ranking_request,
     rationale,
@@ -156,8 +158,8 @@ def stored_priors(workspace: Workspace, mllm: Mllm, catalogue: Catalogue, items:
 
 
 def _mark(mllm: Mllm, request: Request) -> str:
-    words = [part for part in request.prefix.parts if isinstance(part, str)]
-    return fingerprint(*words, *request.candidates, prompts.VERSION, mllm.identity)
+    words = [told((part,)) if isinstance(part, Picture) else part for part in request.prefix.parts]
+    return fingerprint(*words, *map(told, request.candidates), prompts.VERSION, mllm.identity)
 
 
 def score_lists(
@@ -172,10 +174,12 @@ def score_lists(
 ) -> Candidates:
     """Read every candidate list `items` (B, K) under its user's state; stored and reused by fingerprint.
 
+    Before anything is scored, the packed scores of the first two lists are compared with separate prompts.
+
     Raises:
-        ModelError: scores are not finite, or are all equal within every list.
+        ModelError: packed and separate scores differ; scores are not finite, or are all equal within every list.
     """
-    keys, jobs = [], {}
+    keys, jobs, checked = [], {}, False
     for state, row in zip(states, items, strict=True):
         request = ranking_request(state, catalogue, row)
         keys.append(json.dumps([label, state_key(state.user_id, state.end)], ensure_ascii=False))
@@ -183,6 +187,10 @@ def score_lists(
         jobs[keys[-1]] = Job(keys[-1], _mark(mllm, request), request)
 
     def compute(batch_jobs: list[Job]) -> list[dict[str, object]]:
+        nonlocal checked
+        if isinstance(mllm, LocalMllm) and not checked:
+            check_packing(mllm, [job.payload for job in batch_jobs])
+            checked = True
         scores = mllm.score([job.payload for job in batch_jobs])
         return [{"status": "ok", "reason": "", "odds": s[:, 0].tolist(), "loglik": s[:, 1].tolist()} for s in scores]
 
@@ -224,8 +232,8 @@ def explain(
     """
     if len(items) == 0:
         return []
-    asked = [explain_prompt(state, catalogue, item) for item in items]
-    written = mllm.generate(asked, REASON_TOKENS)
+    prefix, questions = explain_questions(state, catalogue, items)
+    written = [answer.text for answer in mllm.ask([prefix], questions, REASON_TOKENS)[0]]
     reasons = []
     for item, text, company, kin in zip(items, written, together, similar, strict=True):
         found = find_evidence(state, catalogue, item, history)

@@ -10,7 +10,7 @@ import numpy as np
 
 from mllm_srec.catalogue import Catalogue
 from mllm_srec.errors import MllmSrecError
-from mllm_srec.mllm.base import Prompt, Request
+from mllm_srec.mllm.base import Prompt, Question, Request
 from mllm_srec.prompts import ranking as prompts
 from mllm_srec.prompts import users as user_prompts
 from mllm_srec.user_states import UserState
@@ -64,10 +64,12 @@ def rationale(evidence: Evidence, catalogue: Catalogue, chosen: bool) -> str:
     return prompts.rationale(evidence.meets, [catalogue.lines[i] for i in evidence.like], chosen)
 
 
-def explain_prompt(state: UserState, catalogue: Catalogue, item: int) -> Prompt:
-    """The chain-of-thought form for one item, to be generated from."""
-    request = ranking_request(state, catalogue, [item])
-    return Prompt((*request.prefix.parts, request.candidates[0] + prompts.QUESTION_COT), system=prompts.SYSTEM)
+def explain_questions(
+    state: UserState, catalogue: Catalogue, items: Sequence[int]
+) -> tuple[Prompt, tuple[Question, ...]]:
+    """The chain-of-thought form: the user's prefix, and the question after each item, in the tokens of training."""
+    prefix = ranking_request(state, catalogue, ()).prefix
+    return prefix, tuple(Question(prompts.QUESTION_COT, about=catalogue.candidates[item]) for item in items)
 
 
 def training_record(

@@ -16,8 +16,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mllm_srec.config import Config
 from mllm_srec.errors import ModelError, StoreError
-from mllm_srec.mllm.base import Request
+from mllm_srec.mllm.base import Request, told
+from mllm_srec.mllm.guard import check_packing
 from mllm_srec.mllm.local import LocalMllm
+from mllm_srec.mllm.pieces import Piece, text_piece
+from mllm_srec.mllm.scoring import candidate_pieces, read_segments
 from mllm_srec.progress import Bar, say
 from mllm_srec.prompts import ranking as prompts
 from mllm_srec.records import TrainingRecord
@@ -33,21 +36,22 @@ def row_loss(mllm: LocalMllm, record: TrainingRecord) -> torch.Tensor:
     """Scalar float32 loss of one packed row; the positive is the request's first candidate."""
     renderer, request = mllm.renderer, record.request
     encoded = renderer.encode_request(request)
-    direct = [candidate + encoded.question for candidate in encoded.candidates]
-    asked = [request.candidates[at] for at, _ in record.cot]
-    reasoned: list[list[int]] = []
+    candidates, question = candidate_pieces(mllm, request, encoded), text_piece(encoded.question)
+    direct = [[candidate, question] for candidate in candidates]
+    reasoned: list[list[Piece]] = []
     rationales: list[list[int]] = []
-    if asked:
-        thinking = renderer.encode_request(Request(request.prefix, tuple(asked), prompts.QUESTION_COT))
+    if record.cot:
+        thinking = renderer.encode_request(
+            Request(request.prefix, request.candidates[:1], prompts.QUESTION_COT)
+        ).question
         end = renderer.tokenizer.eos_token_id
         rationales = [[*renderer.ids(renderer.lead + renderer.neutral(text)), end] for _, text in record.cot]
         # The last token of a rationale is only foretold, never read.
         reasoned = [
-            candidate + thinking.question + words[:-1]
-            for candidate, words in zip(thinking.candidates, rationales, strict=True)
+            [candidates[at], text_piece([*thinking, *words[:-1]])]
+            for (at, _), words in zip(record.cot, rationales, strict=True)
         ]
-    hidden, packed = mllm.read_row(encoded, [*direct, *reasoned])
-    ends = [*packed.starts[1:], len(packed.ids)]
+    hidden, ends = read_segments(mllm, encoded, [*direct, *reasoned])
 
     answers = hidden[torch.tensor(ends[: len(direct)], device=hidden.device) - 1]
     labels = mllm.label_logits(answers)
@@ -82,8 +86,11 @@ class _PackedTrainer(Trainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        # A tower's batch statistics must stay as they were loaded, and there is no dropout that training would need.
+        # A tower's batch statistics must stay as they were loaded, and packed attention drops nothing out. Layers that
+        # are checkpointed look at their mode.
         model.eval()
+        if self.args.gradient_checkpointing:
+            self._mllm.model.get_decoder().train()
         loss = torch.stack([row_loss(self._mllm, record) for record in inputs["records"]]).mean()
         if not torch.isfinite(loss):  # the Trainer would leave it out of its mean and go on
             raise ModelError("the training loss is not finite: lower training.learning_rate or use model.dtype=float32")
@@ -112,7 +119,7 @@ def train(mllm: LocalMllm, records: Sequence[TrainingRecord], config: Config, fo
     complete checkpoint and ends with the same adapter.
 
     Raises:
-        ModelError: the loss is not finite.
+        ModelError: packed rows do not say what separate prompts say, or the loss is not finite.
     """
     settings = config.training
     mllm.drop_adapter()
@@ -121,6 +128,7 @@ def train(mllm: LocalMllm, records: Sequence[TrainingRecord], config: Config, fo
         say(f"train: adapter of {len(records):,} rows reused")
         mllm.load_adapter(folder)
         return
+    check_packing(mllm, [record.request for record in records[:2]])
     checkpoints = folder / CHECKPOINTS
     if not (checkpoints / MARK).exists() or (checkpoints / MARK).read_text(encoding="utf-8") != made_of_this:
         shutil.rmtree(folder, ignore_errors=True)
@@ -128,32 +136,13 @@ def train(mllm: LocalMllm, records: Sequence[TrainingRecord], config: Config, fo
         atomic_write(checkpoints / MARK, made_of_this)
 
     peft_model = mllm.attach_adapter(settings.rank, settings.top_layers, config.seed)
+    arguments = _arguments(config, checkpoints, mllm.device.type == "cpu")
     rows = len(records) * settings.epochs
     with Bar("train", rows) as bar:
         trainer = _PackedTrainer(
             mllm,
             model=peft_model,
-            args=TrainingArguments(
-                output_dir=str(checkpoints),
-                num_train_epochs=settings.epochs,
-                per_device_train_batch_size=1,
-                gradient_accumulation_steps=settings.accumulate,
-                learning_rate=settings.learning_rate,
-                lr_scheduler_type="cosine",
-                warmup_steps=0.1,
-                weight_decay=0.01,
-                max_grad_norm=1.0,
-                save_strategy="steps",
-                save_steps=settings.save_steps,
-                save_total_limit=2,
-                logging_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                remove_unused_columns=False,
-                dataloader_pin_memory=False,
-                use_cpu=mllm.device.type == "cpu",
-                seed=config.seed,
-            ),
+            args=arguments,
             train_dataset=_Rows(records),
             data_collator=lambda batch: {"records": batch},
             callbacks=[_Progress(bar, settings.accumulate, rows)],
@@ -174,6 +163,36 @@ def train(mllm: LocalMllm, records: Sequence[TrainingRecord], config: Config, fo
     )
     shutil.rmtree(checkpoints, ignore_errors=True)
     mllm.load_adapter(folder)
+
+
+def _arguments(config: Config, checkpoints: Path, on_cpu: bool) -> TrainingArguments:
+    settings = config.training
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=settings.accumulate,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=2,
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        use_cpu=on_cpu,
+        seed=config.seed,
+    )
+    # Several GPUs of one process would be used by DataParallel, which splits tensors, not rows.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 def mark(mllm: LocalMllm, records: Sequence[TrainingRecord], config: Config) -> str:
@@ -207,8 +226,7 @@ class _Rows(torch.utils.data.Dataset[TrainingRecord]):
 def _content(record: TrainingRecord) -> str:
     request = record.request
     prefix = [fingerprint(part) if isinstance(part, str) else part.sha256 for part in request.prefix.parts]
-    told = [f"{at}:{text}" for at, text in record.cot]
-    groups = (prefix, request.candidates, told)
+    groups = (prefix, map(told, request.candidates), [f"{at}:{text}" for at, text in record.cot])
     return fingerprint(request.prefix.system, request.question, *(fingerprint(*group) for group in groups))
 
 

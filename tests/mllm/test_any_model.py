@@ -14,7 +14,9 @@ from mllm_srec.errors import ModelError
 from mllm_srec.items import ITEM_TEXTS, describe
 from mllm_srec.mllm.base import Picture, Prompt, Question, Request
 from mllm_srec.mllm.local import LocalMllm
+from mllm_srec.mllm.pieces import text_piece
 from mllm_srec.mllm.rendering import Renderer
+from mllm_srec.mllm.scoring import read_segments
 from tiny_models import KINDS, drawing, tiny_mllm, tiny_model
 
 RED = drawing("red")
@@ -188,9 +190,9 @@ def test_a_training_row_is_as_long_as_its_longest_segment() -> None:
     encoded = mllm.renderer.encode_request(Request(BLIND, ("a",)))
     length = encoded.prefix["input_ids"].shape[1]
     mllm.renderer.context = length + 3
-    mllm.read_row(encoded, [[5, 6, 7], [5, 6, 7]])
+    read_segments(mllm, encoded, [[text_piece([5, 6, 7])], [text_piece([5]), text_piece([6, 7])]])
     with pytest.raises(ModelError, match=f"needs {length + 4} tokens"):
-        mllm.read_row(encoded, [[5], [5, 6, 7, 8]])
+        read_segments(mllm, encoded, [[text_piece([5])], [text_piece([5, 6, 7, 8])]])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,7 +15,7 @@ from transformers import MistralConfig
 from mllm_srec.errors import ModelError
 from mllm_srec.mllm import asking, local
 from mllm_srec.mllm.asking import EncodedQuestion, encode_question, read, weigh
-from mllm_srec.mllm.base import Answer, Picture, Prompt, Question
+from mllm_srec.mllm.base import Answer, Picture, Prompt, Question, Request
 from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.mllm.packing import chunks
 from mllm_srec.mllm.rendering import EncodedRequest
@@ -241,6 +241,47 @@ def test_own_words_are_what_generate_writes_behind_the_whole_prompt(kind: str) -
     for at, question in enumerate(WORDS):
         prompts = [Prompt((*prefix.parts, question.ask), prefix.system, question.answer) for prefix in PREFIXES]
         assert [answers[at].text for answers in made] == mllm.generate(prompts, 6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_questions_written_at_once_answer_as_one_by_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mllm = tiny(kind)
+    passes: list[int] = []
+    forward = mllm.core.forward
+
+    def count(*given: Any, **named: Any) -> Any:
+        passes.append(len(named["input_ids"]))
+        return forward(*given, **named)
+
+    twice = [Prompt((f"The user likes {liked}.",)) for liked in ("blue", "warm colours")]
+    for prefixes, size, rows in ((PREFIXES[:1], 8, 3), (twice, 4, 4), (twice, 8, 6), (twice, 1, 1)):
+        monkeypatch.setattr(mllm, "batch_size", size)
+        alone = [[mllm.ask([prefix], [question], 5)[0][0] for question in MIXED] for prefix in prefixes]
+        monkeypatch.setattr(mllm.core, "forward", count)
+        together = mllm.ask(prefixes, MIXED, 5)
+        monkeypatch.setattr(mllm.core, "forward", forward)
+        assert max(passes) == rows
+        passes.clear()
+        for answers, singles in zip(together, alone, strict=True):
+            for answer, single in zip(answers, singles, strict=True):
+                assert answer.text == single.text
+                np.testing.assert_allclose(answer.options, single.options, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_question_is_about_is_read_before_it_in_tokens_of_its_own(kind: str) -> None:
+    mllm = tiny(kind)
+    prefix, about, asked = PREFIXES[0], "a shoe.", "\nWhy?"
+    (answer,) = mllm.ask([prefix], [Question(asked, about=about)], 5)[0]
+    joined = mllm.ask([prefix], [Question(about + asked)], 5)[0][0]
+    renderer = mllm.renderer
+    head, tail = renderer.split(Request(prefix, ()))
+    spaces = head[len(head.rstrip(" ")) :]
+    encoded = asking.encode_question(renderer, Question(asked, about=about), spaces, tail)
+    request = renderer.encode_request(Request(prefix, (about,), asked))
+    assert encoded.segment == request.candidates[0] + request.question
+    if encoded.segment == renderer.ids(spaces + about + asked + tail):
+        assert answer.text == joined.text
 
 
 def ending(kind: str, *ends: int) -> LocalMllm:

@@ -2,7 +2,7 @@ import os
 import subprocess
 import sys
 import time
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,10 @@ from separate_prompts import close, separate
 
 from mllm_srec.config import ModelConfig
 from mllm_srec.errors import ModelError
-from mllm_srec.mllm import embedded, local
+from mllm_srec.mllm import embedded, scoring
 from mllm_srec.mllm.base import Prompt, Request
 from mllm_srec.mllm.load import load_mllm
 from mllm_srec.mllm.local import LocalMllm
-from mllm_srec.mllm.packing import chunks
 from tiny_models import drawing
 
 CANDIDATES = ("Red running shoe for men. Light and soft.", "Blue cotton shirt.", "Novel about the French revolution")
@@ -253,12 +252,15 @@ def test_a_picture_changes_how_likely_an_answer_is(mllm: LocalMllm) -> None:
 
 
 @pytest.mark.embedded
-@pytest.mark.parametrize("limit", [45, 640])
+@pytest.mark.parametrize(("short", "tokens"), [(0, 45), (0, 2048), (10_000, 2048)])
 def test_packed_scores_are_those_of_separate_prompts(
-    mllm: LocalMllm, limit: int, monkeypatch: pytest.MonkeyPatch
+    mllm: LocalMllm, short: int, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "chunks", partial(chunks, limit=limit))
-    for asked in (request(), request(drawing("red", (224, 224)), "\n")):
+    monkeypatch.setattr(scoring, "SHORT_TOKENS", short)
+    monkeypatch.setattr(scoring, "ROW_TOKENS", {"cpu": tokens})
+    picture = drawing("red", (224, 224))
+    shown = (CANDIDATES[0], " ", picture), (drawing("black", (300, 90)), CANDIDATES[1])
+    for asked in (request(), request(picture, "\n"), replace(request(picture, "\n"), candidates=(*CANDIDATES, *shown))):
         scores = mllm.score([asked])[0]
-        np.testing.assert_allclose(scores, separate(mllm, asked), atol=2e-3)
+        np.testing.assert_allclose(scores, separate(mllm, asked), atol=1e-4, rtol=0)
         assert np.diff(np.sort(scores[:, 1])).min() > 0.01

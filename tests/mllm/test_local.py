@@ -1,23 +1,17 @@
 from collections.abc import Iterable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from separate_prompts import alone, close, separate
-from torch import nn
-from transformers import MistralConfig
+from separate_prompts import alone, close
 
 from mllm_srec.errors import ModelError
-from mllm_srec.mllm import local
 from mllm_srec.mllm.base import Mllm, Picture, Prompt, Request
 from mllm_srec.mllm.local import LocalMllm
-from mllm_srec.mllm.packing import chunks
 from mllm_srec.mllm.rendering import EncodedRequest
-from tiny_models import KINDS, SHAPE, drawing, tiny_mllm, tiny_model, tiny_tokenizer
+from tiny_models import KINDS, SHAPE, drawing, tiny_mllm, tiny_model
 
 WORDS = ("a red shoe", "a blue shirt with stripes", "hat", "wool", "a green hat. It is warm, and made of cotton")
 QUESTION = "\nAnswer Yes or No."
@@ -40,176 +34,6 @@ def request(
 def test_it_keeps_the_interface() -> None:
     checked: Mllm = tiny("llava")
     assert checked.identity == "tiny-llava-0:float32"
-
-
-# Packed scoring
-
-
-@pytest.mark.parametrize("pictures", PICTURES)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("limit", [1, 45, 640])
-def test_packed_scores_are_those_of_separate_prompts(
-    kind: str, pictures: str, limit: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(local, "chunks", partial(chunks, limit=limit))
-    mllm, asked = tiny(kind), request(PICTURES[pictures])
-    close(mllm.score([asked])[0], separate(mllm, asked))
-
-
-def test_the_chunks_of_these_tests_differ() -> None:
-    encoded = tiny("llava").renderer.encode_request(request())
-    lengths = [len(candidate) + len(encoded.question) for candidate in encoded.candidates]
-    assert [len(chunks(lengths, limit)) for limit in (1, 45, 640)] == [5, 3, 1]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_scores_tell_candidates_prefixes_and_pictures_apart(kind: str) -> None:
-    mllm = tiny(kind)
-    first, other, seen, blue = mllm.score(
-        [request(), request(liked="blue"), request((RED,)), request((drawing("blue"),))]
-    )
-    for column in (0, 1):
-        assert np.diff(np.sort(first[:, column])).min() > 1e-3
-    for changed in (other, seen):
-        assert np.abs(changed - first).min(1).max() > 1e-2
-    assert np.abs(blue - seen).max(0).min() > 1e-2
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_requests_do_not_touch_each_other(kind: str) -> None:
-    mllm = tiny(kind)
-    asked = [request((RED,)), request(liked="blue"), request((RED,), words=WORDS[:1]), request((BLUE,))]
-    for together, single in zip(mllm.score(asked), asked, strict=True):
-        np.testing.assert_array_equal(together, mllm.score([single])[0])
-
-
-@pytest.mark.parametrize("kind", ["llava", "qwen3_vl"])
-@settings(max_examples=25, deadline=None)
-@given(order=st.permutations(range(5)), count=st.integers(1, 5), limit=st.integers(1, 120))
-def test_a_candidates_score_does_not_depend_on_its_neighbours(
-    kind: str, order: list[int], count: int, limit: int
-) -> None:
-    mllm, kept = tiny(kind), order[:count]
-    whole = mllm.score([request((RED,))])[0]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local, "chunks", partial(chunks, limit=limit))
-        part = mllm.score([request((RED,), words=tuple(WORDS[i] for i in kept))])[0]
-    close(part, whole[kept])
-
-
-def test_the_same_candidate_twice_has_one_score() -> None:
-    scores = tiny("idefics3").score([request(words=("hat", "wool", "hat"))])[0]
-    close(scores[2], scores[0])
-    assert np.abs(scores[1] - scores[0]).max() > 1e-2
-
-
-def test_a_candidate_of_one_token_has_a_likelihood() -> None:
-    mllm = tiny("llava")
-    asked = request(words=("a",))
-    assert len(mllm.renderer.encode_request(asked).candidates[0]) == 1
-    close(mllm.score([asked])[0], separate(mllm, asked))
-
-
-def test_a_model_that_ignores_its_cache_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    mllm = tiny("llava")
-    forward = mllm.model.model.forward
-    monkeypatch.setattr(mllm.model.model, "forward", lambda cache=None, **inputs: forward(**inputs))
-    with pytest.raises(ModelError, match=r"did not fill the cache it was given: install transformers 5\.24"):
-        mllm.score([request()])
-
-
-def test_no_requests_and_no_candidates_have_no_scores() -> None:
-    assert tiny("llava").score([]) == []
-    assert tiny("llava").score([request(words=())])[0].shape == (0, 2)
-
-
-def test_a_head_with_a_bias_counts_it() -> None:
-    model, processor = tiny_model("llava")
-    model.lm_head.bias = nn.Parameter(torch.linspace(-2, 2, model.lm_head.out_features))
-    mllm = LocalMllm(model, processor, "biased")
-    close(mllm.score([request()])[0], separate(mllm, request()))
-    assert np.abs(mllm.score([request()])[0] - tiny("llava").score([request()])[0]).min() > 1e-3
-
-
-def test_many_positions_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    mllm = tiny("llava")
-    whole = mllm.score([request()])[0]
-    monkeypatch.setattr(local, "HEAD_ROWS", 3)
-    close(mllm.score([request()])[0], whole)
-
-
-def test_bfloat16_scores_are_near_and_float32() -> None:
-    model, processor = tiny_model("llava")
-    mllm = LocalMllm(model.to(torch.bfloat16), processor, "x")
-    scores = mllm.score([request((RED,))])[0]
-    assert scores.dtype == np.float32
-    assert np.abs(scores - tiny("llava").score([request((RED,))])[0]).max() < 0.5
-    assert mllm.identity == "x:bfloat16"
-
-
-def test_sliding_windows_are_refused() -> None:
-    text = MistralConfig(vocab_size=len(tiny_tokenizer("llava")), sliding_window=4, **SHAPE)
-    mllm = LocalMllm(*tiny_model("llava", text=text), "sliding")
-    encoded = mllm.renderer.encode_request(request())
-    for use in (lambda: mllm.score([request()]), lambda: mllm.read_row(encoded, encoded.candidates)):
-        with pytest.raises(ModelError, match="plain full attention in every layer: choose another model"):
-            use()
-    assert mllm.generate([Prompt(("Hello",))], 2) == mllm.generate([Prompt(("Hello",))], 2)
-    text.sliding_window = None
-    full = LocalMllm(*tiny_model("llava", text=text), "full")
-    close(full.score([request()])[0], separate(full, request()))
-
-
-# Training rows
-
-
-@pytest.mark.parametrize("pictures", PICTURES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_training_row_reads_what_scoring_reads(kind: str, pictures: str) -> None:
-    mllm = tiny(kind)
-    asked = request(PICTURES[pictures])
-    encoded = mllm.renderer.encode_request(asked)
-    segments = [candidate + encoded.question for candidate in encoded.candidates]
-    hidden, packed = mllm.read_row(encoded, segments)
-    assert hidden.shape == (sum(map(len, segments)), SHAPE["hidden_size"])
-    assert packed.ids.tolist() == [token for segment in segments for token in segment]
-    length = encoded.prefix["input_ids"].shape[1]
-    with torch.no_grad():
-        for start, segment in zip(packed.starts, segments, strict=True):
-            logits = mllm.logits(hidden[start : start + len(segment)])
-            torch.testing.assert_close(logits, alone(mllm, encoded, segment)[length:], atol=1e-4, rtol=0)
-        ends = torch.tensor([*packed.starts[1:], len(packed.ids)]) - 1
-        labels = mllm.label_logits(hidden[ends])
-    torch.testing.assert_close(labels, mllm.logits(hidden[ends])[:, list(mllm.renderer.label_ids)])
-    close((labels[:, 0] - labels[:, 1]).detach().numpy(), mllm.score([asked])[0][:, 0])
-
-
-@pytest.mark.parametrize("pictures", ["text", "picture"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_rows_gradient_is_the_sum_over_its_examples(kind: str, pictures: str) -> None:
-    mllm = tiny_mllm(kind)
-    mllm.attach_adapter(rank=2, top_layers=2, seed=1)
-    weights = {name: weight for name, weight in mllm.model.named_parameters() if weight.requires_grad}
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():  # a fresh adapter's second factor is 0: half of the gradients would be
-        for weight in weights.values():
-            weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
-    encoded = mllm.renderer.encode_request(request(PICTURES[pictures]))
-    segments = [candidate + encoded.question for candidate in encoded.candidates]
-    yes = mllm.renderer.label_ids[0]
-
-    def gradients(loss: torch.Tensor) -> dict[str, torch.Tensor]:
-        return dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
-
-    hidden, packed = mllm.read_row(encoded, segments)
-    ends = torch.tensor([*packed.starts[1:], len(packed.ids)]) - 1
-    row = gradients(-mllm.logits(hidden[ends]).log_softmax(-1)[:, yes].sum())
-    single = [gradients(-alone(mllm, encoded, segment)[-1].log_softmax(-1)[yes]) for segment in segments]
-    assert len(weights) == 2 * 2 * 7
-    for name, gradient in row.items():
-        expected = torch.stack([one[name] for one in single]).sum(0)
-        assert expected.abs().max() > 1e-4, name
-        torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-4)
 
 
 # Generating

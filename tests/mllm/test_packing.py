@@ -5,9 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllm_srec.mllm.packing import chunks, pack, padded_mask, row_mask, segment_mask
+from mllm_srec.mllm.packing import PackedSegments, chunks, pack, padded_mask, row_mask
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=8)
+
+
+def segment_mask(packed: PackedSegments, prefix: int, dtype: torch.dtype) -> torch.Tensor:
+    """Behind one whole prefix."""
+    return padded_mask(packed, torch.ones(1, prefix), dtype)
 
 
 def seen(mask: torch.Tensor) -> list[str]:

@@ -152,6 +152,25 @@ def test_candidates_are_scored_one_by_one(server: OpenAiServer) -> None:
     assert all((b["max_tokens"], b["logprobs"], b["top_logprobs"]) == (1, True, 20) for b in bodies.values())
 
 
+def test_a_candidates_pictures_are_sent_where_they_stand(server: OpenAiServer) -> None:
+    server.answer = lambda body: completion("Yes", [("Yes", -0.5)], [[("Yes", -0.5), ("No", -1.0)]])
+    requests = [Request(Prompt(("User. Item: ",)), (("a hat ", drawing(), "warm."), "a shoe."), "\nYes or No?")]
+    assert remote(server).score(requests)[0][:, 0].tolist() == [0.5, 0.5]
+    contents = [body["messages"][-1]["content"] for body in server.requests]
+    (parts,) = [content for content in contents if isinstance(content, list)]
+    assert [part.get("text", part["type"]) for part in parts] == [
+        "User. Item: a hat ",
+        "image_url",
+        "warm.\nYes or No?",
+    ]
+
+
+def test_what_a_question_is_about_is_sent_before_it(server: OpenAiServer) -> None:
+    server.answer = lambda body: completion(said(body), [], [])
+    ((answer,),) = remote(server).ask([Prompt(("User. ",))], [Question(" Why?", about="a hat.")], 4)
+    assert answer.text == "User. a hat. Why?"
+
+
 # Many at a time
 
 

@@ -236,6 +236,49 @@ def test_a_candidate_without_text_is_named(empty: str) -> None:
         renderer("llava").encode_request(request)
 
 
+PICTURE_TEXT = {
+    "llava": "<image>\n",
+    "llava_next": "<image>\n",
+    "idefics3": "<image>",
+    "smolvlm": "<image>",
+    "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+    "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_candidates_picture_stands_where_it_is_given(kind: str) -> None:
+    shown = renderer(kind)
+    assert shown.picture_text == PICTURE_TEXT[kind]
+    red, blue = drawing("red"), drawing("blue")
+    text, pictures = shown.candidate((red, "a ", "shoe <image>", blue))
+    assert text == f"{PICTURE_TEXT[kind]}a shoe {shown.neutral('<image>')}{PICTURE_TEXT[kind]}"
+    assert pictures == [red, blue]
+    assert shown.candidate("a shoe") == ("a shoe", [])
+    encoded = shown.encode_request(Request(Prompt(("Item: ",)), ("a shoe", ("hat ", red)), "?"))
+    assert list(encoded.looks) == [1]
+    assert encoded.candidates[1] == encoded.looks[1]["input_ids"][0].tolist()
+    image = shown.tokenizer.convert_tokens_to_ids(shown.processor.image_token)
+    assert image in encoded.candidates[1]
+    assert image not in [*encoded.candidates[0], *encoded.prefix["input_ids"][0].tolist()]
+    assert encoded.candidates[1][: len(shown.ids(" hat"))] == shown.ids(" hat")
+
+
+def test_a_candidate_of_pictures_alone_has_no_text() -> None:
+    with pytest.raises(ModelError, match="candidate number 0 of a request has no text"):
+        renderer("qwen3_vl").encode_request(Request(Prompt(("Item: ",)), ((drawing("red"), " "),), "?"))
+
+
+def test_a_template_without_pictures_refuses_candidates_with_them() -> None:
+    shown = Renderer(tiny_model("llava")[1])
+    shown.processor.chat_template = (
+        "{% for message in messages %}{% for part in message['content'] if part['type'] == 'text' %}"
+        "{{ part['text'] }}{% endfor %}{% endfor %}:"
+    )
+    with pytest.raises(ModelError, match="chat template shows no pictures"):
+        shown.encode_request(Request(Prompt(("Item: ",)), (("hat", drawing("red")),), "?"))
+
+
 def test_a_shared_prefix_does_not_answer() -> None:
     with pytest.raises(ModelError, match="cannot begin the answer"):
         renderer("llava").split(Request(Prompt(("Item: ",), answer="Yes"), ("a",), "?"))

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from mllm_srec.errors import ModelError
 from mllm_srec.mllm.base import Answer, Picture, Prompt, Question, Request
@@ -81,11 +80,15 @@ def ask(
             pictures = [[part for part in prefixes[row].parts if isinstance(part, Picture)] for row, _ in batch]
             cached = read(mllm, [text for _, text in batch], pictures, longest)
             weighed = iter(weigh(mllm, cached, [question for question in encoded if question.options]))
-            for question, tokens in zip(questions, encoded, strict=True):
-                if question.options:
-                    made = [_chosen(question, values) for values in next(weighed)]
-                else:
-                    made = write(mllm, cached, tokens.segment, max_new_tokens)
+            own_words = [question.segment for question in encoded if not question.options]
+            at_once = max(1, mllm.batch_size // len(batch))
+            written = (
+                made
+                for first in range(0, len(own_words), at_once)
+                for made in write(mllm, cached, own_words[first : first + at_once], max_new_tokens)
+            )
+            for question in questions:
+                made = [_chosen(question, values) for values in next(weighed)] if question.options else next(written)
                 for (row, _), answer in zip(batch, made, strict=True):
                     answers[row].append(answer)
     return answers
@@ -98,7 +101,11 @@ def encode_question(renderer: Renderer, question: Question, spaces: str, tail: s
         ModelError: an option has no text, or is the beginning of another one.
     """
     begun = renderer.lead + renderer.neutral(question.answer) if question.answer else ""
-    segment = renderer.ids(spaces + renderer.neutral(question.ask) + tail + begun)
+    asked = renderer.neutral(question.ask) + tail + begun
+    if question.about:
+        segment = renderer.ids(spaces + renderer.neutral(question.about)) + renderer.ids(asked)
+    else:
+        segment = renderer.ids(spaces + asked)
     lead = " " if question.answer else renderer.lead
     texts = [renderer.neutral(option) for option in question.options]
     options = [renderer.ids(lead + text) if text.strip() else [] for text in texts]
@@ -179,26 +186,39 @@ def _weigh_packed(mllm: "LocalMllm", cached: CachedPrefixes, questions: Sequence
     return [part.numpy() for part in torch.split(summed, [len(question.options) for question in questions], 1)]
 
 
-def write(mllm: "LocalMllm", cached: CachedPrefixes, segment: Sequence[int], max_new_tokens: int) -> list[Answer]:
-    """Greedy answers to one question behind every prefix, up to an end token or `max_new_tokens` tokens."""
-    rows, prefix_length = cached.mask.shape
-    ends = torch.tensor(_end_ids(mllm), dtype=torch.long, device=mllm.device)
-    ids = torch.tensor(segment, device=mllm.device).expand(rows, -1)
-    mask, following = cached.mask, cached.following
+def write(
+    mllm: "LocalMllm", cached: CachedPrefixes, segments: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[list[Answer]]:
+    """Greedy answers to every question behind every prefix, up to an end token or `max_new_tokens` tokens.
+
+    One list of B answers per question. B times as many rows as questions are decoded at once, each behind its prefix's
+    copy in the cache; the cache is left as it was.
+    """
+    prefixes, prefix_length = cached.mask.shape
+    count, width = len(segments), max(map(len, segments))
+    rows, device = prefixes * count, mllm.device
+    if count > 1:
+        cached.cache.batch_repeat_interleave(count)
+    ends = torch.tensor(_end_ids(mllm), dtype=torch.long, device=device)
+    lengths = torch.tensor([len(segment) for segment in segments], device=device).repeat(prefixes)
+    padded = [[*segment, *[mllm.renderer.tokenizer.pad_token_id] * (width - len(segment))] for segment in segments]
+    ids = torch.tensor(padded, device=device).repeat(prefixes, 1)
+    new = (torch.arange(width, device=device) < lengths[:, None]).to(cached.mask.dtype)
+    mask = cached.mask.repeat_interleave(count, 0)
+    following = cached.following.repeat_interleave(count)
     written: list[list[int]] = [[] for _ in range(rows)]
     logliks: list[list[float]] = [[] for _ in range(rows)]
-    ended = torch.zeros(rows, dtype=torch.bool, device=mllm.device)
+    ended = torch.zeros(rows, dtype=torch.bool, device=device)
     for _ in range(max_new_tokens):
-        width = ids.shape[1]
-        mask = nn.functional.pad(mask, (0, width), value=1)
+        mask = torch.cat([mask, new], 1)
         hidden = mllm.core(
             input_ids=ids,
             attention_mask=mask,
-            position_ids=following[:, None] + torch.arange(width, device=mllm.device),
+            position_ids=following[:, None] + torch.arange(ids.shape[1], device=device),
             cache=cached.cache,
             use_cache=True,
-        ).last_hidden_state[:, -1]
-        following = following + width
+        ).last_hidden_state[torch.arange(rows, device=device), lengths - 1]
+        following = following + lengths
         logits = mllm.logits(hidden)
         chosen = logits.argmax(-1)
         told = mllm.own_logits(hidden, chosen) - logits.logsumexp(-1)
@@ -209,14 +229,18 @@ def write(mllm: "LocalMllm", cached: CachedPrefixes, segment: Sequence[int], max
             if not over:
                 written[row].append(token)
                 logliks[row].append(value)
-        ids = chosen[:, None]
+        ids, lengths = chosen[:, None], torch.ones_like(lengths)
+        new = torch.ones_like(ids, dtype=mask.dtype)
     cached.cache.crop(prefix_length - cached.cache.get_seq_length())
+    if count > 1:
+        cached.cache.batch_select_indices(torch.arange(0, rows, count, device=device))
     texts = mllm.renderer.tokenizer.batch_decode(written, skip_special_tokens=True)
     none = np.zeros(0, dtype=np.float32)
-    return [
+    answers = [
         Answer(text.strip(), float(np.mean(values, dtype=np.float32)) if values else 0.0, none)
         for text, values in zip(texts, logliks, strict=True)
     ]
+    return [answers[number::count] for number in range(count)]
 
 
 def _chosen(question: Question, logliks: np.ndarray) -> Answer:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mllm_srec.errors import ModelError
+from mllm_srec.store_files import fingerprint
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,15 @@ class Picture:
 
 
 Part = str | Picture
+Candidate = str | tuple[Part, ...]
+"""An item's text, or its texts and pictures in the order they are to be read."""
+
+
+def told(content: Candidate) -> str:
+    """Tells contents apart: a text is itself; texts and pictures are a hash of theirs, in order."""
+    if isinstance(content, str):
+        return content
+    return fingerprint(*(f"picture {p.sha256}" if isinstance(p, Picture) else f"text {p}" for p in content))
 
 
 @dataclass(frozen=True)
@@ -33,25 +43,29 @@ class Prompt:
 class Request:
     """Candidates that share a prefix: each is read as `prefix` + candidate + `question`, without seeing the others.
 
-    Without a question only the candidates' likelihood is asked for.
+    Without a question only the candidates' likelihood is asked for; with `likelihood` false only the odds are, which
+    saves the head over the whole vocabulary at every token.
     """
 
     prefix: Prompt
-    candidates: tuple[str, ...]
+    candidates: tuple[Candidate, ...]
     question: str = ""
+    likelihood: bool = True
 
 
 @dataclass(frozen=True)
 class Question:
     """One question behind a shared prefix; `answer` is what the assistant's turn begins with.
 
-    With `options` the model chooses: their likelihoods are read and nothing is generated. Without, it writes. No option
-    may be the beginning of another one: it would always be the likelier.
+    `about` is read before the question, and made to tokens apart from it, as a `Request`'s candidate is. With `options`
+    the model chooses: their likelihoods are read and nothing is generated. Without, it writes. No option may be the
+    beginning of another one: it would always be the likelier.
     """
 
     ask: str
     answer: str = ""
     options: tuple[str, ...] = ()
+    about: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,7 +120,7 @@ class Mllm(Protocol):
         """float32 (C_i, 2) per request, from one packed pass.
 
         Column 0: log-odds of "Yes" over "No" as the answer's first token, NaN without a question. Column 1: mean
-        log-likelihood of the candidate's own tokens given the prefix.
+        log-likelihood of the tokens of the candidate's text given the prefix, NaN where it is not asked for.
         """
 
     def loglik(self, prompts: Sequence[Prompt], continuations: Sequence[str]) -> np.ndarray:

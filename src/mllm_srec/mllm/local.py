@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from mllm_srec.errors import ModelError
-from mllm_srec.mllm import asking
+from mllm_srec.mllm import asking, attention, scoring
 from mllm_srec.mllm.base import Answer, Picture, Prompt, Question, Request
-from mllm_srec.mllm.packing import PackedSegments, chunks, pack, row_mask, segment_mask
-from mllm_srec.mllm.rendering import EncodedRequest, Renderer
+from mllm_srec.mllm.pieces import Piece
+from mllm_srec.mllm.rendering import Renderer
 
+IN_TRAINING = "in training"
 HEAD_ROWS = 512
 """Positions whose logits over the whole vocabulary stand in memory at once."""
 
@@ -33,6 +34,9 @@ class LocalMllm:
         self._base_identity = base_identity
         self._adapter_identity = ""
         self._peft: Any = None
+        self.prefixes: scoring.Recent[scoring.Prefix] = scoring.Recent(scoring.KEPT_BYTES["prefixes"])
+        self.looks: scoring.Recent[Piece] = scoring.Recent(scoring.KEPT_BYTES["looks"])
+        self.model.get_decoder().set_attn_implementation(attention.NAME)
 
     @property
     def identity(self) -> str:
@@ -92,10 +96,10 @@ class LocalMllm:
             lengths = inputs["attention_mask"].sum(1)
             extended = _append(inputs, lengths, [tokens[row] for row in rows], self.renderer.tokenizer.pad_token_id)
             self.renderer.check_length(int(extended["attention_mask"].sum(1).max()))
-            hidden = self._read(**extended, use_cache=False)
+            hidden = self.read(**extended, use_cache=False)
             for at, (row, length) in enumerate(zip(rows, lengths.tolist(), strict=True)):
                 wanted = torch.tensor(tokens[row], device=self.device)
-                likelihoods = self._token_logliks(hidden[at, length - 1 : length - 1 + len(wanted)], wanted)
+                likelihoods = self.token_logliks(hidden[at, length - 1 : length - 1 + len(wanted)], wanted)
                 values[row] = float(likelihoods.mean())
         return values
 
@@ -104,95 +108,24 @@ class LocalMllm:
         """float32 (N, D): mean last hidden state of each prompt, L2-normalised."""
         vectors: list[Any] = [None] * len(prompts)
         for rows, inputs in self._batches(prompts, "right"):
-            hidden = self._read(**inputs, use_cache=False).float()
+            hidden = self.read(**inputs, use_cache=False).float()
             weights = inputs["attention_mask"][..., None].float()
             pooled = nn.functional.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)
             for row, vector in zip(rows, pooled.cpu().numpy(), strict=True):
                 vectors[row] = vector
         return np.array(vectors, dtype=np.float32)
 
-    # -- packed scoring -----------------------------------------------------------------------------------------------
+    # -- packed rows --------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def score(self, requests: Sequence[Request]) -> list[np.ndarray]:
-        """float32 (C_i, 2) per request: odds of "Yes", mean log-likelihood of the candidate; the prefix is read once.
+        """float32 (C_i, 2) per request: odds of "Yes", mean log-likelihood; see `scoring.score`."""
+        return scoring.score(self, requests)
 
-        Raises:
-            ModelError: the model's cache cannot be cut back to the prefix (sliding windows, recurrent layers).
-        """
-        return [self._score(self.renderer.encode_request(request)) for request in requests]
-
-    def _score(self, encoded: EncodedRequest) -> np.ndarray:
-        prefix, positions = self._prefix(encoded)
-        length = prefix["input_ids"].shape[1]
-        cache, read = self.fill_cache(prefix, positions)
-        last, following = read[0, -1:], int(positions.max()) + 1
-
-        segments = [candidate + encoded.question for candidate in encoded.candidates]
-        scores = np.zeros((len(segments), 2), dtype=np.float32)
-        for run in chunks([len(segment) for segment in segments]):
-            packed = pack([segments[i] for i in run])
-            hidden = self.core(
-                input_ids=packed.ids[None].to(self.device),
-                attention_mask=segment_mask(packed, length, self.model.dtype).to(self.device),
-                position_ids=(following + packed.place)[None].to(self.device),
-                cache=cache,
-                use_cache=True,
-            ).last_hidden_state[0]
-            cache.crop(-len(packed.ids))
-            self._read_scores(scores, run, packed, hidden, last, encoded)
-        return scores
-
-    def _read_scores(
-        self,
-        scores: np.ndarray,
-        run: range,
-        packed: PackedSegments,
-        hidden: torch.Tensor,
-        last: torch.Tensor,
-        encoded: EncodedRequest,
-    ) -> None:
-        ends = [*packed.starts[1:], len(packed.ids)]
-        scores[run.start : run.stop, 0] = np.nan
-        if encoded.question:
-            odds = self.label_logits(hidden[torch.tensor(ends, device=hidden.device) - 1])
-            scores[run.start : run.stop, 0] = (odds[:, 0] - odds[:, 1]).cpu().numpy()
-        # A candidate's first token is foretold by the prefix's last hidden state, each further one by its predecessor.
-        states, wanted = [], []
-        for start, i in zip(packed.starts, run, strict=True):
-            size = len(encoded.candidates[i])
-            states += [last, hidden[start : start + size - 1]]
-            wanted += encoded.candidates[i]
-        likelihoods = self._token_logliks(torch.cat(states), torch.tensor(wanted, device=self.device))
-        sizes = [len(encoded.candidates[i]) for i in run]
-        scores[run.start : run.stop, 1] = [float(part.mean()) for part in torch.split(likelihoods, sizes)]
-
-    # -- training -----------------------------------------------------------------------------------------------------
-
-    def read_row(
-        self, encoded: EncodedRequest, segments: Sequence[Sequence[int]]
-    ) -> tuple[torch.Tensor, PackedSegments]:
-        """Hidden states (S, D) of packed `segments` behind the prefix, with gradients, in one pass without a cache.
-
-        Raises:
-            ModelError: the model has layers whose attention is not plain and full, which a row's mask would change; the
-                prefix with its longest segment is longer than the model's context.
-        """
-        self._plain_cache()
-        packed = pack(segments)
-        prefix, positions = self._prefix(encoded)
-        length = prefix["input_ids"].shape[1]
-        self.renderer.check_length(length + int(packed.place.max()) + 1)
-        inputs = dict(prefix)
-        inputs["input_ids"] = torch.cat([prefix["input_ids"][0], packed.ids.to(self.device)])[None]
-        for name in ("mm_token_type_ids",):
-            if name in inputs:
-                inputs[name] = nn.functional.pad(inputs[name], (0, len(packed.ids)))
-        behind = (int(positions.max()) + 1 + packed.place).to(self.device)
-        inputs["position_ids"] = torch.cat([positions, behind.expand(*positions.shape[:-1], -1)], -1)
-        inputs["attention_mask"] = row_mask(packed, length, self.model.dtype).to(self.device)
-        hidden = self._read(**inputs, use_cache=False)
-        return hidden[0, length:], packed
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Whether what was read stays true: not while an adapter is trained."""
+        return self._adapter_identity != IN_TRAINING
 
     def label_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 (N, 2): logits of "Yes" and "No" at hidden states (N, D)."""
@@ -220,7 +153,7 @@ class LocalMllm:
             r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=self._adapted_modules(top_layers)
         )
         self._peft = get_peft_model(self.model, config)
-        self._adapter_identity = "in training"
+        self._adapter_identity = IN_TRAINING
         return self._peft
 
     def load_adapter(self, folder: Path) -> None:
@@ -294,7 +227,7 @@ class LocalMllm:
         """The model without its head: ids to hidden states."""
         return self.model.model
 
-    def _read(self, **inputs: Any) -> torch.Tensor:
+    def read(self, **inputs: Any) -> torch.Tensor:
         """(B, L, D): last hidden states of inputs that may hold pictures."""
         with _accepted():
             return torch.as_tensor(self.core(**inputs).last_hidden_state)
@@ -310,7 +243,7 @@ class LocalMllm:
             ModelError: the model cannot keep them so that they can be read from again and again.
         """
         cache = self._plain_cache()
-        hidden = self._read(**inputs, position_ids=positions, cache=cache, use_cache=True)
+        hidden = self.read(**inputs, position_ids=positions, cache=cache, use_cache=True)
         # Models swallow a keyword they do not know, and all that is read behind the prefix would be wrong.
         if cache.get_seq_length() != inputs["input_ids"].shape[1]:
             raise ModelError("the model did not fill the cache it was given: install transformers 5.24 or later")
@@ -329,6 +262,14 @@ class LocalMllm:
         rows, length = inputs["input_ids"].shape
         return torch.arange(length, device=self.device).expand(rows, -1)
 
+    def check_plain(self) -> None:
+        """See that every layer of the language model has plain full attention.
+
+        Raises:
+            ModelError: sliding windows, recurrent layers: a packed row would not say what separate prompts say.
+        """
+        self._plain_cache()
+
     def _plain_cache(self) -> Any:
         from transformers import DynamicCache
 
@@ -336,11 +277,6 @@ class LocalMllm:
         if any(type(layer).__name__ != "DynamicLayer" for layer in cache.layers):
             raise ModelError("packed rows need a model with plain full attention in every layer: choose another model")
         return cache
-
-    def _prefix(self, encoded: EncodedRequest) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """The prefix's inputs on the device, and its positions (1, P), or (3, 1, P) with pictures under M-RoPE."""
-        prefix = self.on_device({k: v for k, v in encoded.prefix.items() if k != "attention_mask"})
-        return prefix, self.positions(prefix)
 
     def _batches(self, prompts: Sequence[Prompt], side: str) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
         pictures = [[part for part in prompt.parts if isinstance(part, Picture)] for prompt in prompts]
@@ -372,7 +308,7 @@ class LocalMllm:
             for name, value in inputs.items()
         }
 
-    def _token_logliks(self, hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    def token_logliks(self, hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         """float32 (N,): log-likelihood of token wanted[n] at hidden states (N, D)."""
         return self.own_logits(hidden, wanted) - self.normalisers(hidden)
 

@@ -1,8 +1,8 @@
-"""The packed layout: prefix | segment 1 | segment 2 | ...; a segment sees the prefix and itself, never its neighbours.
+"""Trees of segments behind prefixes as one row under a dense mask: options behind their questions, for many prefixes.
 
-Positions of every segment restart behind the prefix, so a packed row says of each segment what a prompt of its own
-would say. Scoring reads it in chunks over a cached prefix, training in one pass without a cache. A segment may stand
-behind another one, its parent, and sees that too: many endings share one beginning.
+prefix | segment 1 | segment 2 | ...; a segment sees the prefix and itself, never its neighbours, and its positions
+restart behind the prefix. A segment may stand behind another one, its parent, and sees that too: many endings share one
+beginning. Rows of candidates, which have no tree, are read without a mask (`attention`).
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 CHUNK_TOKENS = 640
-"""Segment tokens read at once: more saves nothing on the linear layers and pays quadratically in the mask."""
+"""Segment tokens read at once under a dense mask, in which more pay quadratically."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,6 @@ def pack(segments: Sequence[Sequence[int]], parents: Sequence[int] = ()) -> Pack
         place=torch.cat([depth + torch.arange(length) for depth, length in zip(depths, lengths, strict=True)]),
         starts=tuple(starts),
     )
-
-
-def segment_mask(packed: PackedSegments, prefix_length: int, dtype: torch.dtype) -> torch.Tensor:
-    """Additive mask (1, 1, S, P + S) of the segments' tokens over a cached prefix of P tokens and themselves."""
-    return padded_mask(packed, torch.ones(1, prefix_length, dtype=torch.bool), dtype)
 
 
 def padded_mask(packed: PackedSegments, prefixes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

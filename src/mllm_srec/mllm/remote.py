@@ -17,7 +17,7 @@ import numpy as np
 
 from mllm_srec.data.images import PictureError, open_picture
 from mllm_srec.errors import ModelError
-from mllm_srec.mllm.base import Answer, PartialFailure, Picture, Prompt, Question, Request
+from mllm_srec.mllm.base import Answer, Candidate, PartialFailure, Picture, Prompt, Question, Request
 from mllm_srec.mllm.chat_server import ChatServer
 from mllm_srec.mllm.rendering import MAX_SIDE
 from mllm_srec.mllm.replies import Reply, RequestError, choice, log_odds, own_start, own_words
@@ -129,9 +129,9 @@ class RemoteMllm:
             if isinstance(content, RequestError):
                 raise content
             if question.options:
-                behind = question.ask + wording.choose(question.options)
+                behind = question.about + question.ask + wording.choose(question.options)
                 return choice(self._chat(prefix.system, content, behind, OPTION_TOKENS, TOP), question)
-            behind = question.ask + _begun(question.answer)
+            behind = question.about + question.ask + _begun(question.answer)
             return own_words(self._chat(prefix.system, content, behind, max_new_tokens), question)
 
         pairs = [(*of_prefix, q) for of_prefix in zip(prefixes, contents, strict=True) for q in questions]
@@ -153,13 +153,18 @@ class RemoteMllm:
             raise _cannot("likelihoods of given texts", "set users.summary=generate")
         contents = self._contents([request.prefix for request in requests])
 
-        def odds(prefix: Prompt, content: Content | RequestError, behind: str) -> float:
+        def odds(request: Request, content: Content | RequestError, candidate: Candidate) -> float:
             if isinstance(content, RequestError):
                 raise content
-            return log_odds(self._chat(prefix.system, content, behind, 1, TOP))
+            if isinstance(candidate, str):
+                behind = candidate + request.question
+            else:
+                content = _content(Prompt((*request.prefix.parts, *candidate)))
+                behind = request.question
+            return log_odds(self._chat(request.prefix.system, content, behind, 1, TOP))
 
         tasks = [
-            partial(odds, request.prefix, content, candidate + request.question)
+            partial(odds, request, content, candidate)
             for request, content in zip(requests, contents, strict=True)
             for candidate in request.candidates
         ]

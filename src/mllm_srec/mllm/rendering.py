@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from mllm_srec.data.images import open_picture
 from mllm_srec.errors import ModelError
-from mllm_srec.mllm.base import Picture, Prompt, Request
+from mllm_srec.mllm.base import Candidate, Part, Picture, Prompt, Request
 
 MAX_SIDE = 1024
 """Long side in pixels that a picture is reduced to before the model's own processing."""
@@ -25,11 +26,15 @@ LABELS = ("Yes", "No")
 
 @dataclass(frozen=True)
 class EncodedRequest:
-    """A request as tokens: the prefix's model inputs (batch of 1) and, per candidate, its text and its question."""
+    """A request as tokens: the prefix's model inputs (batch of 1), the candidates' ids, and the question's.
+
+    `looks` holds the model inputs (batch of 1) of the candidates that have pictures, by their number.
+    """
 
     prefix: dict[str, torch.Tensor]
     candidates: list[list[int]]
     question: list[int]
+    looks: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
 
 
 class Renderer:
@@ -58,6 +63,7 @@ class Renderer:
         }
         # The processor replaces these in the text, whatever the tokenizer makes of them.
         special |= {str(getattr(processor, f"{kind}_token", "")) for kind in ("image", "video", "audio")}
+        self.special_ids = frozenset(self.tokenizer.convert_tokens_to_ids(list(special - {"", "None"})))
         longest_first = sorted(special - {"", "None"}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, [*longest_first, _PRIVATE])))
         # Templates without a first token of their own leave it to the tokenizer.
@@ -130,13 +136,54 @@ class Renderer:
         lead = " " if head.endswith(" ") else ""
         pictures = [part for part in request.prefix.parts if isinstance(part, Picture)]
         prefix = self.encode([head.rstrip(" ")], [pictures], "right")
-        texts = [self.neutral(text) for text in request.candidates]
-        candidates = [self.ids(lead + text) if text.strip() else [] for text in texts]
-        if not all(candidates):
-            raise ModelError(f"candidate number {candidates.index([])} of a request has no text")
+        candidates, looks = [], {}
+        for number, candidate in enumerate(request.candidates):
+            text, shown = self.candidate(candidate)
+            if not text.replace(self.picture_text if shown else "", "").strip():
+                raise ModelError(f"candidate number {number} of a request has no text")
+            if shown:
+                looks[number] = self.encode([lead + text], [shown], "right")
+                candidates.append(looks[number]["input_ids"][0].tolist())
+            else:
+                candidates.append(self.ids(lead + text))
         question = self.ids(self.neutral(request.question) + tail) if request.question else []
         self.check_length(prefix["input_ids"].shape[1] + max(map(len, candidates), default=0) + len(question))
-        return EncodedRequest(prefix, candidates, question)
+        return EncodedRequest(prefix, candidates, question, looks)
+
+    def candidate(self, candidate: Candidate) -> tuple[str, list[Picture]]:
+        """A candidate's text with a place for each of its pictures, and the pictures."""
+        parts: tuple[Part, ...] = (candidate,) if isinstance(candidate, str) else candidate
+        text, pictures = "", []
+        for picture, group in groupby(parts, lambda part: isinstance(part, Picture)):
+            of_group = list(group)
+            if picture:
+                text += self.picture_text * len(of_group)
+                pictures += [part for part in of_group if isinstance(part, Picture)]
+            else:
+                text += self.neutral("".join(map(str, of_group)))
+        return text, pictures
+
+    @cached_property
+    def picture_text(self) -> str:
+        """What the chat template writes for a picture between texts.
+
+        Templates that move all pictures to the turn's beginning would show a candidate's picture to all others; what
+        they write there for one picture is written in its place instead.
+
+        Raises:
+            ModelError: the template does not show pictures.
+        """
+        text, image = {"type": "text", "text": _CUT}, {"type": "image"}
+        shown = self._apply([{"role": "user", "content": [text, image, text]}])
+        _, between, _ = shown.split(_CUT)
+        if not between:
+            plain = self._apply([{"role": "user", "content": [text, text]}])
+            before = _shared(shown, plain)
+            behind = _shared(shown[before:][::-1], plain[before:][::-1])
+            between = shown[before : len(shown) - behind]
+        if not between:
+            raise ModelError("the model's chat template shows no pictures: choose another model")
+        return between
 
     def check_length(self, tokens: int) -> None:
         """See that a prompt of so many tokens, with all that is read or written behind it, fits the model.
@@ -203,3 +250,9 @@ class Renderer:
         if found[0] == found[1]:
             raise ModelError(f"the model's tokenizer begins {LABELS[0]!r} and {LABELS[1]!r} with the same token")
         return lead, (found[0], found[1])
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters both begin with."""
+    pairs = zip(one, other, strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
