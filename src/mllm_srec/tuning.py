@@ -6,7 +6,8 @@ Loss of a row = listwise cross-entropy of the odds of "Yes" (the positive among 
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ class _PackedTrainer(Trainer):  # type: ignore[misc]
         # A tower's batch statistics must stay as they were loaded, and packed attention drops nothing out. Layers that
         # are checkpointed look at their mode.
         model.eval()
-        if self.args.gradient_checkpointing:
+        if self._mllm.model.is_activation_checkpointing:
             self._mllm.model.get_decoder().train()
         loss = torch.stack([row_loss(self._mllm, record) for record in inputs["records"]]).mean()
         if not torch.isfinite(loss):  # the Trainer would leave it out of its mean and go on
@@ -151,7 +152,8 @@ def train(mllm: LocalMllm, records: Sequence[TrainingRecord], config: Config, fo
 
         trainer.remove_callback(PrinterCallback)
         try:
-            result = trainer.train(resume_from_checkpoint=_last_complete(checkpoints))
+            with checkpointed(mllm) if settings.gradient_checkpointing else nullcontext():
+                result = trainer.train(resume_from_checkpoint=_last_complete(checkpoints))
         except BaseException:
             mllm.drop_adapter()  # nothing may be scored with half an adapter
             raise
@@ -165,6 +167,23 @@ def train(mllm: LocalMllm, records: Sequence[TrainingRecord], config: Config, fo
     mllm.load_adapter(folder)
 
 
+@contextmanager
+def checkpointed(mllm: LocalMllm) -> Iterator[None]:
+    """For as long as the context lasts layers keep only their input, and are read again in the backward pass.
+
+    Not left to the Trainer: it has the embeddings ask for gradients, which only reentrant checkpoints need, and the
+    layers below the adapter would be read backwards too.
+    """
+    mllm.model.activation_checkpointing_enable({"use_reentrant": False})
+    mllm.model.disable_input_require_grads()
+    mllm.model.get_decoder().train()  # in evaluation mode transformers does not checkpoint
+    try:
+        yield
+    finally:
+        mllm.model.activation_checkpointing_disable()
+        mllm.model.eval()
+
+
 def _arguments(config: Config, checkpoints: Path, on_cpu: bool) -> TrainingArguments:
     settings = config.training
     arguments = TrainingArguments(
@@ -172,8 +191,6 @@ def _arguments(config: Config, checkpoints: Path, on_cpu: bool) -> TrainingArgum
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=settings.accumulate,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,
