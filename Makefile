@@ -6,7 +6,7 @@ DEMO ?= build/demo
 DATA ?=
 WS ?= build/real/$(notdir $(patsubst %/,%,$(DATA)))
 
-.PHONY: setup demo test check real bench bench-items bench-users train-embedded clean
+.PHONY: setup demo test check real bench bench-items bench-users bench-scoring bench-training train-embedded clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -49,6 +49,13 @@ bench-items: setup
 # Figures of docs/users.md: make bench-users DATA=folder with ml100k_posters and hm_sample (about three hours on one core).
 bench-users: setup
 	$(BIN)/python benchmarks/users.py --data $(DATA)
+
+# Figures of docs/performance.md: scoring about half an hour, training about a quarter; both go on where they were stopped.
+bench-scoring: setup
+	$(BIN)/python benchmarks/scoring.py
+
+bench-training: setup
+	$(BIN)/python benchmarks/training.py
 
 # What the embedded model learns and ships with: make train-embedded DATA=folder with captions.csv (under an hour).
 train-embedded: setup

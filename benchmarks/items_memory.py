@@ -88,7 +88,7 @@ def describe_watched(workspace: Path) -> dict[str, Any]:
 
     mllm = tiny_mllm()
     mllm.batch_size = load_config().model.batch_size
-    start = _status("VmRSS")
+    start = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     done: list[int] = []
     resident: list[float] = []
@@ -98,15 +98,15 @@ def describe_watched(workspace: Path) -> dict[str, Any]:
         answers = plain(prefixes, questions, max_new_tokens)
         looked = sum(any(isinstance(part, Picture) for part in prefix.parts) for prefix in prefixes)
         done.append((done[-1] if done else 0) + looked)
-        resident.append(_status("VmRSS"))
+        resident.append(status("VmRSS"))
         return answers
 
     mllm.ask = ask  # type: ignore[method-assign]
     items.describe(Workspace.open(workspace), mllm)
-    return {"start": start, "peak": _status("VmHWM"), "done": done, "resident": resident}
+    return {"start": start, "peak": status("VmHWM"), "done": done, "resident": resident}
 
 
-def _status(name: str) -> float:
+def status(name: str) -> float:
     """MB of /proc/self/status."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) / 1000

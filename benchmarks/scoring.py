@@ -27,7 +27,7 @@ import numpy as np
 import scoring_ways as ways
 import torch
 from common import SEED, Bench, at_most, machine, report, show
-from items_memory import _status as status
+from items_memory import status
 from items_speed import spread
 
 from mllm_srec.config import ModelConfig

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import SEED, Bench, Figure, at_most, machine, report, show
-from items_memory import _status as status
+from items_memory import status
 from items_speed import spread, spread_in_words
 from torch.nn import functional
 
