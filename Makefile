@@ -50,7 +50,7 @@ bench-items: setup
 bench-users: setup
 	$(BIN)/python benchmarks/users.py --data $(DATA)
 
-# Figures of docs/performance.md: scoring about half an hour, training about a quarter; both go on where they were stopped.
+# Figures of docs/performance.md: scoring three quarters of an hour, training a quarter; both go on where they were stopped.
 bench-scoring: setup
 	$(BIN)/python benchmarks/scoring.py
 
