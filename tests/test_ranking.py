@@ -446,7 +446,7 @@ def test_a_model_of_transformers_ranks_through_the_same_interface(workspace: Wor
     np.testing.assert_allclose(made.loglik[1, 1], alone[0][0, 1], atol=1e-4)
     asked = len(mllm.prefixes)
     with pytest.MonkeyPatch.context() as patch:  # stored: nothing is read, nor compared with separate prompts again
-        patch.setattr(ranking, "check_packing", lambda *_: pytest.fail("compared again"))
+        patch.setattr(ranking, "check_once", lambda *_: pytest.fail("compared again"))
         again = score_lists(workspace, mllm, CATALOGUE, states(3), LISTS, RETRIEVED, "test")
     np.testing.assert_array_equal(again.odds, made.odds)
     assert len(mllm.prefixes) == asked

@@ -18,7 +18,7 @@ from mllm_srec.catalogue import Catalogue
 from mllm_srec.errors import ModelError
 from mllm_srec.facts import unsupported_words
 from mllm_srec.mllm.base import Mllm, Picture, Request, check_finite, told
-from mllm_srec.mllm.guard import check_packing
+from mllm_srec.mllm.guard import check_once
 from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.prompts import ranking as prompts
 from mllm_srec.records import (
@@ -179,7 +179,7 @@ def score_lists(
     Raises:
         ModelError: packed and separate scores differ; scores are not finite, or are all equal within every list.
     """
-    keys, jobs, checked = [], {}, False
+    keys, jobs = [], {}
     for state, row in zip(states, items, strict=True):
         request = ranking_request(state, catalogue, row)
         keys.append(json.dumps([label, state_key(state.user_id, state.end)], ensure_ascii=False))
@@ -187,10 +187,8 @@ def score_lists(
         jobs[keys[-1]] = Job(keys[-1], _mark(mllm, request), request)
 
     def compute(batch_jobs: list[Job]) -> list[dict[str, object]]:
-        nonlocal checked
-        if isinstance(mllm, LocalMllm) and not checked:
-            check_packing(mllm, [job.payload for job in batch_jobs])
-            checked = True
+        if isinstance(mllm, LocalMllm):
+            check_once(mllm, [job.payload for job in batch_jobs])
         scores = mllm.score([job.payload for job in batch_jobs])
         return [{"status": "ok", "reason": "", "odds": s[:, 0].tolist(), "loglik": s[:, 1].tolist()} for s in scores]
 

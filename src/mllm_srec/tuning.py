@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from mllm_srec.config import Config
 from mllm_srec.errors import ModelError, StoreError
 from mllm_srec.mllm.base import Request, told
-from mllm_srec.mllm.guard import check_packing
+from mllm_srec.mllm.guard import check_once
 from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.mllm.pieces import Piece, text_piece
 from mllm_srec.mllm.scoring import candidate_pieces, read_segments
@@ -129,7 +129,7 @@ def train(mllm: LocalMllm, records: Sequence[TrainingRecord], config: Config, fo
         say(f"train: adapter of {len(records):,} rows reused")
         mllm.load_adapter(folder)
         return
-    check_packing(mllm, [record.request for record in records[:2]])
+    check_once(mllm, [record.request for record in records[:2]])
     checkpoints = folder / CHECKPOINTS
     if not (checkpoints / MARK).exists() or (checkpoints / MARK).read_text(encoding="utf-8") != made_of_this:
         shutil.rmtree(folder, ignore_errors=True)

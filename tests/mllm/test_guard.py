@@ -14,7 +14,7 @@ from mllm_srec.errors import ModelError
 from mllm_srec.mllm import attention, guard, pieces, scoring
 from mllm_srec.mllm.attention import PrefixKeys
 from mllm_srec.mllm.base import Candidate, Prompt, Request
-from mllm_srec.mllm.guard import check_packing, separate_scores
+from mllm_srec.mllm.guard import check_once, check_packing, separate_scores
 from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.mllm.pieces import Piece
 from tiny_models import KINDS, drawing, tiny_mllm, tiny_model
@@ -58,6 +58,28 @@ def test_two_users_and_three_candidates_are_compared(monkeypatch: pytest.MonkeyP
     # The shortest, a middle one, the longest; none twice.
     assert read[0].candidates == ("hat", "a blue shirt", "a red shoe with stripes")
     assert check_packing(mllm, [request(candidates=("hat",))]) == 0.0  # nothing to compare
+
+
+def test_the_same_weights_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    mllm = tiny_mllm("llava")
+    compared: list[str] = []
+    monkeypatch.setattr(guard, "check_packing", lambda m, asked: compared.append(m.identity))
+    for _ in range(2):
+        check_once(mllm, ASKED)
+    mllm.attach_adapter(rank=2, top_layers=2, seed=1)
+    check_once(mllm, ASKED)
+    assert compared == ["tiny-llava-0:float32", "tiny-llava-0:float32:in training"]
+
+
+def test_what_was_refused_is_compared_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    mllm = tiny_mllm("llava")
+    with monkeypatch.context() as patch:
+        lose_the_prefix(patch)
+        with pytest.raises(ModelError, match="packed scores differ"):
+            check_once(mllm, ASKED)
+        with pytest.raises(ModelError, match="packed scores differ"):
+            check_once(mllm, ASKED)
+    check_once(mllm, ASKED)
 
 
 @pytest.mark.parametrize("readings", [{"likelihood": False}, {"question": ""}])

@@ -68,6 +68,17 @@ def check_packing(mllm: "LocalMllm", requests: Sequence[Request]) -> float:
     return worst
 
 
+def check_once(mllm: "LocalMllm", requests: Sequence[Request]) -> None:
+    """`check_packing`, once per process for the same weights and adapter.
+
+    Raises:
+        ModelError: as `check_packing`.
+    """
+    if mllm.identity not in mllm.checked:
+        check_packing(mllm, requests)
+        mllm.checked.add(mllm.identity)
+
+
 @torch.inference_mode()
 def separate_scores(mllm: "LocalMllm", request: Request) -> np.ndarray:
     """float32 (C, 2): what `score` says of a request, from one ordinary prompt per candidate."""

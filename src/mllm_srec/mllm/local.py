@@ -36,6 +36,8 @@ class LocalMllm:
         self._peft: Any = None
         self.prefixes: scoring.Recent[scoring.Prefix] = scoring.Recent(scoring.KEPT_BYTES["prefixes"])
         self.looks: scoring.Recent[Piece] = scoring.Recent(scoring.KEPT_BYTES["looks"])
+        self.checked: set[str] = set()
+        """Identities whose packed scores were compared with separate prompts (`guard.check_once`)."""
         self.model.get_decoder().set_attn_implementation(attention.NAME)
 
     @property
