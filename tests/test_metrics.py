@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mllm_srec import metrics
-from mllm_srec.metrics import auc, bootstrap, mrr, ndcg, paired_bootstrap, places, recall
+from mllm_srec.metrics import auc, average_precision, bootstrap, hit_rate, mrr, ndcg, paired_bootstrap, places, recall
 
 
 def ints(*values: int) -> np.ndarray:
@@ -128,6 +128,23 @@ def test_a_constant_and_a_positive_scale_change_nothing(
         np.testing.assert_array_equal(got, wanted)
 
 
+@pytest.mark.parametrize("transform", [np.exp, np.arctan, np.cbrt])
+@given(case=cases())
+def test_a_monotone_transform_changes_nothing(
+    transform: Callable[[np.ndarray], np.ndarray], case: tuple[np.ndarray, np.ndarray, list[np.ndarray]]
+) -> None:
+    scores, target, seen = case
+    for wanted, got in zip(places(scores, target, seen), places(transform(scores), target, seen), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+@given(cases())
+def test_the_order_of_the_users_changes_nothing(case: tuple[np.ndarray, np.ndarray, list[np.ndarray]]) -> None:
+    scores, target, seen = case
+    for wanted, got in zip(places(scores, target, seen), places(scores[::-1], target[::-1], seen[::-1]), strict=True):
+        np.testing.assert_array_equal(got, wanted[::-1])
+
+
 @given(cases(), st.randoms(use_true_random=False))
 def test_the_order_of_the_items_changes_nothing(
     case: tuple[np.ndarray, np.ndarray, list[np.ndarray]], random: Random
@@ -149,6 +166,8 @@ def test_known_values_without_ties() -> None:
     assert recall(greater, ties, 3).tolist() == [1, 1, 1, 0]
     np.testing.assert_allclose(ndcg(greater, ties, 3), [1, 1 / math.log2(3), 1 / 2, 0], rtol=1e-14)
     np.testing.assert_allclose(mrr(greater, ties), [1, 1 / 2, 1 / 3, 1 / 4], rtol=1e-14)
+    for metric in (mrr, average_precision):
+        np.testing.assert_allclose(metric(greater, ties, 3), [1, 1 / 2, 1 / 3, 0], rtol=1e-14)
     np.testing.assert_allclose(auc(greater, ties, 4), [1, 2 / 3, 1 / 3, 0], rtol=1e-14, atol=1e-15)
 
 
@@ -162,6 +181,12 @@ def test_known_values_with_ties() -> None:
     assert mrr(*place)[0] == pytest.approx(float(Fraction(77, 240)), rel=1e-14)
     # Of 9 others it beats the 5 below, and half of the 3 tied: 6.5 of 9.
     assert auc(*place, 10)[0] == pytest.approx(6.5 / 9, rel=1e-14)
+    # Up to rank 3: (1/2 + 1/3) / 4 = 5/24; with one relevant item precision counts at its rank alone.
+    for metric in (mrr, average_precision):
+        assert [metric(*place, k)[0] for k in (1, 2)] == [0, 1 / 8]
+        assert metric(*place, 3)[0] == pytest.approx(5 / 24, rel=1e-14)
+        assert metric(*place, 5)[0] == metric(*place, 99)[0] == pytest.approx(77 / 240, rel=1e-14)
+    assert [hit_rate(*place, k)[0] for k in (1, 2, 4, 5)] == [0, 1 / 4, 3 / 4, 1]
 
 
 @given(cases(), st.integers(1, 8))
@@ -181,6 +206,10 @@ def test_metrics_are_means_over_all_orders_of_the_ties(
         ndcg(greater, ties, k), expected(lambda r, _: discount(r) if r <= k else 0.0), rtol=1e-12
     )
     np.testing.assert_allclose(mrr(greater, ties), expected(lambda r, _: 1 / r), rtol=1e-12)
+    for metric in (mrr, average_precision):
+        np.testing.assert_allclose(
+            metric(greater, ties, k), expected(lambda r, _: 1 / r if r <= k else 0.0), rtol=1e-12
+        )
     np.testing.assert_allclose(
         auc(greater, ties, candidates),
         expected(lambda r, n: (n - r) / (n - 1) if n > 1 else 1.0),
@@ -201,8 +230,9 @@ def test_without_ties_the_rank_is_that_of_a_sort(scores: list[int], target: int,
 
 @given(st.integers(1, 12), st.integers(1, 50))
 def test_a_perfect_scorer_gets_one(k: int, candidates: int) -> None:
-    values = recall(*at(0, 0), k), ndcg(*at(0, 0), k), mrr(*at(0, 0)), auc(*at(0, 0), candidates)
-    assert [value.tolist() for value in values] == [[1.0]] * 4
+    values = [metric(*at(0, 0), k) for metric in (recall, ndcg, mrr, average_precision)]
+    values += [mrr(*at(0, 0)), auc(*at(0, 0), candidates)]
+    assert [value.tolist() for value in values] == [[1.0]] * 6
 
 
 @given(st.integers(1, 30), st.integers(0, 10), st.integers(1, 30))
@@ -215,15 +245,17 @@ def test_a_constant_scorer_gets_chance(items: int, masked: int, k: int) -> None:
     assert ndcg(greater, ties, k).mean() == pytest.approx(
         sum(discount(r) for r in range(1, min(k, left) + 1)) / left, rel=1e-12
     )
+    harmonic = sum(1 / r for r in range(1, min(k, left) + 1))
+    assert average_precision(greater, ties, k).mean() == pytest.approx(harmonic / left, rel=1e-12)
     assert auc(greater, ties, left).mean() == pytest.approx(0.5 if left > 1 else 1.0, rel=1e-12)
 
 
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(1, 70))
 def test_metrics_grow_with_the_cutoff_and_stay_between_0_and_1(greater: int, ties: int, k: int) -> None:
     place = at(greater, ties)
-    for metric in (recall, ndcg):
+    for metric in (recall, ndcg, mrr, average_precision):
         assert 0 <= metric(*place, k)[0] <= metric(*place, k + 1)[0] + 1e-15 <= 1 + 1e-12
-    assert ndcg(*place, k)[0] <= recall(*place, k)[0] + 1e-15
+    assert mrr(*place, k)[0] <= ndcg(*place, k)[0] + 1e-15 <= recall(*place, k)[0] + 2e-15
 
 
 def test_far_ranks_are_exact_enough() -> None:
@@ -247,7 +279,7 @@ def test_auc_of_a_masked_target_is_0_and_of_a_lone_one_1() -> None:
     assert auc(greater, ties, ints(2, 1)).tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("metric", [recall, ndcg])
+@pytest.mark.parametrize("metric", [recall, ndcg, mrr, average_precision])
 def test_a_cutoff_below_1_is_refused(metric: Callable[..., np.ndarray]) -> None:
     with pytest.raises(ValueError, match="cutoff k is 0"):
         metric(*at(0, 0), 0)
