@@ -63,11 +63,11 @@ def test_help_loads_no_heavy_library_and_answers_at_once() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert time.monotonic() - started < 1.5  # about 0.3 s on an idle core
     assert done.stdout.endswith("heavy: [] code: 0\n")
-    for name in (*STAGES, "sample", "ingest", "recommend", "doctor"):
+    for name in (*STAGES, "sample", "ingest", "audit", "recommend", "doctor"):
         assert f" {name} " in done.stdout
 
 
-@pytest.mark.parametrize("name", [*STAGES, "sample", "ingest", "recommend", "doctor"])
+@pytest.mark.parametrize("name", [*STAGES, "sample", "ingest", "audit", "recommend", "doctor"])
 def test_every_command_explains_itself(command: Command, name: str) -> None:
     ended = command(name, "--help")
     assert ended.code == 0

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from mllm_srec.data.audit import Finding
     from mllm_srec.recommender import Answer
     from mllm_srec.user_states import UserState
     from mllm_srec.users import Step
@@ -82,6 +84,25 @@ def ingest(
     if dataset.skipped.height > SKIPPED_SHOWN:
         more = dataset.skipped.height - SKIPPED_SHOWN
         typer.echo(f"  ... and {more:,} more: Workspace.open({str(workspace)!r}).dataset().skipped", err=True)
+
+
+@app.command()
+def audit(workspace: WorkspaceArgument, as_json: JsonOption = False) -> None:
+    """Facts of the data, whether order tells anything, and leaks of the future; exit code 1 with an error."""
+    from dataclasses import asdict
+
+    from mllm_srec.evaluation.checks import audit_workspace
+    from mllm_srec.workspace import Workspace
+
+    opened = Workspace.open(workspace)
+    findings = audit_workspace(opened)
+    if as_json:
+        about = {"data": opened.dataset().name, **opened.config.data.model_dump(mode="json")}
+        typer.echo(json.dumps({**about, "findings": [asdict(found) for found in findings]}, indent=2, allow_nan=False))
+    else:
+        print_findings(opened.dataset().name, findings)
+    if any(found.severity == "error" for found in findings):
+        raise typer.Exit(1)
 
 
 def _change_config(workspace: Any, change: list[str] | None) -> None:
@@ -244,6 +265,30 @@ def doctor(workspace: Annotated[Path | None, typer.Argument(metavar="[WS]", show
             typer.echo(f"  {table}: {opened.count(table):,} rows")
         finished = (opened.run("main") / "manifest.json").exists()
         typer.echo(f"  run main: {'finished' if finished else 'not finished: mllm-srec run ' + str(workspace)}")
+
+
+def print_findings(name: str, findings: "Sequence[Finding]") -> None:
+    """The table of an audit, the gravest first; ids come from the data, so no cell is read as markup."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from mllm_srec.data.audit import SEVERITIES
+
+    colours = dict(zip(SEVERITIES, ("green", "cyan", "yellow", "bold red"), strict=True))
+    table = Table(title=f"Audit of {name}")
+    for column in ("severity", "finding", "figure", "what to do"):
+        table.add_column(column)
+    for severity in reversed(SEVERITIES):
+        for found in (found for found in findings if found.severity == severity):
+            examples = f"\ne.g. {', '.join(found.examples)}" if found.examples else ""
+            cells = (f"{found.name}: {found.says}", found.figure + examples, found.remedy)
+            table.add_row(Text(severity, style=colours[severity]), *map(Text, cells))
+        table.add_section()
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    console.print(table)
+    counts = Counter(found.severity for found in findings)
+    console.print(", ".join(f"{counts[severity]} {severity}" for severity in reversed(SEVERITIES)), highlight=False)
 
 
 def print_metrics(result: dict[str, Any]) -> None:
