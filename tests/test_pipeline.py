@@ -228,6 +228,21 @@ def test_metrics_stand_beside_their_conditions(finished: Path, settings: tuple[s
     )
 
 
+def test_slices_of_every_cut_make_up_the_whole(finished: Path) -> None:
+    result = json.loads((finished / "runs/main/metrics.json").read_text())
+    told = result["slices"]
+    assert (told.pop("system"), told.pop("metric")) == (SYSTEMS[-1], "NDCG@10")
+    assert list(told) == ["item", "item popularity", "history length", "picture of the item"]
+    whole = result["systems"][SYSTEMS[-1]]["NDCG@10"]
+    for cut, of_cut in told.items():
+        filled = [row for row in of_cut.values() if row["n"]]
+        assert sum(row["n"] for row in filled) == result["conditions"]["targets"], cut
+        for value in ("mean", "gain"):
+            total = sum(row["n"] * row[value] for row in filled) / result["conditions"]["targets"]
+            assert total == pytest.approx(whole[value], abs=1e-9), cut
+    assert told["picture of the item"]["missing"] == {"n": 0, "users": 0}  # every item of the shop is drawn
+
+
 def by_hand(data: Path, embeddings: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
     """Recall@k, NDCG@k and MRR of popularity, co-occurrence and content, from the files alone, in plain loops."""
     with (data / "items.csv").open() as file:

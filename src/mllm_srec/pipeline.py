@@ -10,13 +10,14 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import polars as pl
 
 from mllm_srec import __version__, catalogue, items, ranking, retrieval, tuning, users
 from mllm_srec.config import Config
 from mllm_srec.data.dataset import Dataset, Histories
 from mllm_srec.data.split import Split, Targets, global_time, leave_last_out
 from mllm_srec.errors import DataError, StoreError
-from mllm_srec.evaluation import protocol
+from mllm_srec.evaluation import protocol, slices
 from mllm_srec.mllm.load import load_mllm, trainable
 from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.mllm.remote import RemoteMllm
@@ -38,6 +39,10 @@ class Chosen:
     training: Targets
     choosing: Targets
     test: Targets
+
+
+SLICED_AT = 10
+"""Cutoff of the metric that is told by slices."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +197,7 @@ class Pipeline:
             "targets_among_candidates": float(listed.held.mean()),
             "reference": RETRIEVED,
             "systems": protocol.compare(places, RETRIEVED, test.user, self.config),
+            "slices": self._slices(places, test),
         }
         atomic_write(folder / "metrics.json", json.dumps(result, indent=2))
         write_manifest(folder, {"version": __version__, "model": self.mllm.identity})
@@ -222,6 +228,23 @@ class Pipeline:
     def _retriever(self, seen: np.ndarray) -> retrieval.Retriever:
         weight = Choices.read(self.workspace.run(RUN)).content_weight
         return retrieval.Retriever.fit(self.histories, seen, self.embeddings, weight)
+
+    def _slices(self, places: dict[str, protocol.Places], test: Targets) -> dict[str, Any]:
+        """For whom the reranked lists are better than retrieval's, and for which items."""
+        metric, evaluation = f"NDCG@{SLICED_AT}", self.config.evaluation
+        shown = set(self.workspace.pictures().filter(pl.col("sha256").is_not_null())["item_id"])
+        missing = np.array([item not in shown for item in self.histories.items])
+        cuts = (
+            slices.cold_items(self.histories, self.split.seen_test, test),
+            slices.item_popularity(self.histories, self.split.seen_test, test),
+            slices.history_length(test),
+            slices.target_picture(self.histories, test, missing),
+        )
+        ours, theirs = (protocol.per_target(places[name], (SLICED_AT,))[metric] for name in (RERANKED, RETRIEVED))
+        return {"system": RERANKED, "metric": metric} | {
+            labels.cut: slices.by_slice(ours, labels, test.user, evaluation.bootstrap, self.config.seed, theirs)
+            for labels in cuts
+        }
 
     def _place(self, scorer: protocol.Scorer) -> protocol.Places:
         return protocol.place_targets(self.histories, self.chosen.test, scorer)
