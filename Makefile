@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS := benchmarks/peers/.venv
 DEMO ?= build/demo
 DATA ?=
 WS ?= build/real/$(notdir $(patsubst %/,%,$(DATA)))
 
-.PHONY: setup demo test check real bench bench-items bench-users bench-scoring bench-training train-embedded clean
+.PHONY: setup demo test check real bench bench-items bench-users bench-scoring bench-training peers train-embedded clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -56,6 +57,17 @@ bench-scoring: setup
 
 bench-training: setup
 	$(BIN)/python benchmarks/training.py
+
+# RecTools' models and our cheap rows in one table: make peers DATA=folder with ml100k_posters and hm_sample (hours; goes on
+# where it was stopped). RecTools has an environment of its own: it needs numpy 1.
+peers: setup $(PEERS)/.ready
+	@test -n "$(DATA)" || { echo 'give the data: make peers DATA=path/to/folder' >&2; exit 2; }
+	$(BIN)/python benchmarks/peers/run.py --data $(DATA)
+
+$(PEERS)/.ready: benchmarks/peers/requirements.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers/requirements.txt
+	touch $@
 
 # What the embedded model learns and ships with: make train-embedded DATA=folder with captions.csv (under an hour).
 train-embedded: setup
