@@ -260,7 +260,9 @@ def _fill(mllm: "LocalMllm", asked: Asked, members: Sequence[int], hidden: torch
         return
     # A candidate's first token is foretold by the prefix's last hidden state, each further one by its predecessor.
     # What a picture stands for is not foretold.
-    states, wanted, counts = [], [], []  # type: list[torch.Tensor], list[int], list[int]
+    states: list[torch.Tensor] = []
+    wanted: list[int] = []
+    counts: list[int] = []
     for segment, i in zip(torch.split(hidden, lengths), members, strict=True):
         tokens = asked.encoded.candidates[i]
         own = [at for at, token in enumerate(tokens) if token not in mllm.renderer.special_ids]
