@@ -340,7 +340,7 @@ def test_rows_that_read_otherwise_than_separate_prompts_are_not_trained_on(
     assert not (tmp_path / "adapter").exists()
 
 
-def test_an_expectation_with_pictures_in_its_candidates(mllm: LocalMllm) -> None:
+def test_pictures_of_candidates_move_the_loss_and_the_adapters_mark(mllm: LocalMllm) -> None:
     plain, seen = record(), record()
     shown = tuple((candidate, RED) for candidate in seen.request.candidates if isinstance(candidate, str))
     seen = replace(seen, request=replace(seen.request, candidates=shown))

@@ -79,7 +79,7 @@ class PackedRow:
         """
         if len(self.keys) != len(self.blocks):
             raise ValueError("a packed row needs one entry of keys per block")
-        if any(not block.in_row and not keys for block, keys in zip(self.blocks, self.keys, strict=True)):
+        if any(not block.in_row and keys is None for block, keys in zip(self.blocks, self.keys, strict=True)):
             raise ValueError("a block whose prefix is not in the row needs the prefix's keys")
 
     @cached_property

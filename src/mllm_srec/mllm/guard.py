@@ -69,14 +69,15 @@ def check_packing(mllm: "LocalMllm", requests: Sequence[Request]) -> float:
 
 
 def check_once(mllm: "LocalMllm", requests: Sequence[Request]) -> None:
-    """`check_packing`, once per process for the same weights and adapter.
+    """`check_packing`, once per process for the same weights and adapter; nothing to compare does not count.
 
     Raises:
         ModelError: as `check_packing`.
     """
     if mllm.identity not in mllm.checked:
         check_packing(mllm, requests)
-        mllm.checked.add(mllm.identity)
+        if any(len(_few(request).candidates) > 1 for request in requests):
+            mllm.checked.add(mllm.identity)
 
 
 @torch.inference_mode()
