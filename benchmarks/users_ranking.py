@@ -4,7 +4,7 @@ NDCG@10 counts all test targets: one that is not among its candidates cannot be 
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from users_readings import logliks
 from mllm_srec import metrics, ranking
 from mllm_srec.evaluation import protocol
 from mllm_srec.ranking import Candidates, Fusion
-from mllm_srec.retrieval import Retriever, choose_content_weight
+from mllm_srec.retrieval import Retriever, choose, sequence
 from mllm_srec.user_states import NOBODY, UserState
 
 LISTS, KEPT, PRIORS = 120, 16, 64
@@ -38,9 +38,11 @@ def rank(bench: Bench, sets: Sequence[str]) -> dict[str, Any]:
 
 def measure(bench: Bench, log: Log) -> dict[str, Any]:
     """NDCG@10 per telling and reading, and paired differences."""
-    histories, config, vectors = log.histories, log.pipeline.config.retrieval, log.pipeline.embeddings
-    weight = choose_content_weight(histories, log.split, vectors, config.content_weights)
-    retriever = Retriever.fit(histories, log.split.seen_test, vectors, weight)
+    histories, config, likeness = log.histories, log.pipeline.config.retrieval, log.pipeline.likeness
+    mix = choose(histories, log.split.seen_validation, log.split.validation, likeness, config, SEED).mix
+    seen, vectors = log.split.seen_test, likeness.vectors
+    encoder = sequence.fit(histories, seen, vectors, mix.epochs, SEED) if mix.epochs else None
+    retriever = Retriever.fit(histories, seen, likeness, mix, encoder)
     listed, scores = retriever.candidates(protocol.histories_of(histories, log.split.test), config.candidates)
     among = (listed == protocol.target_items(histories, log.split.test)[:, None]).any(1)
     rows = until_held(among, min(LISTS, bench.limit or LISTS))
@@ -66,7 +68,7 @@ def measure(bench: Bench, log: Log) -> dict[str, Any]:
         "targets": len(targets),
         "lists": int(held.sum()),
         "candidates": config.candidates,
-        "content_weight": weight,
+        "retrieval": asdict(mix),
         "recent": in_words(chosen["chosen"]),
         **compared(systems, targets.user),
     }
@@ -126,7 +128,7 @@ def show_rank(result: dict[str, Any]) -> None:
     for name, of in result.items():
         title = (
             f"ranking, {name}: {of['targets']} test targets, {of['lists']} among their {of['candidates']} candidates, "
-            f"content weight {of['content_weight']}, n {of['recent']}"
+            f"retrieval {', '.join(f'{what} {value:g}' for what, value in of['retrieval'].items())}, n {of['recent']}"
         )
         show(title, ("order", f"NDCG@{CUTOFF}"), [(label, shown(v, 4)) for label, v in of["systems"].items()])
         rows = [(label, shown(found, 4)) for label, found in of["differences"].items()]

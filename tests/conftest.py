@@ -17,6 +17,7 @@ SETTINGS = (
     "model.batch_size=8",
     "items.answer_tokens=4",
     "retrieval.candidates=8",
+    "retrieval.epochs=10",
     "training.rows=6",
     "training.negatives=3",
     "training.rank=4",

@@ -30,6 +30,7 @@ SYSTEMS = [
     "popularity",
     "co-occurrence",
     "content",
+    "sequence encoder",
     "retrieval",
     "MLLM odds alone",
     "MLLM likelihood alone",
@@ -188,12 +189,16 @@ def test_a_stage_that_comes_too_early_names_the_one_before(
     assert not (tmp_path / "ws/runs/main/metrics.json").exists()
 
 
-def test_choosing_retrieval_again_keeps_the_fusion(copied: Path) -> None:
+def test_choosing_retrieval_again_keeps_the_fusion(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = Choices.read(copied / "runs/main")
-    workspace = changed(copied, "retrieval.content_weights=[3]")
-    assert Pipeline(workspace).retrieve() == 3
+    workspace = changed(copied, "retrieval.weights=[3]")
+    mix = Pipeline(workspace).retrieve()
+    assert (mix.content, mix.sequence, mix.trend) == (3, 3, 3)
     after = Choices.read(copied / "runs/main")
-    assert after == Choices(3, before.fusion)
+    assert after == Choices(mix, after.made_of, before.retriever_epochs, before.fusion)
+    assert after.made_of != before.made_of
+    monkeypatch.setattr(pipeline.retrieval, "choose", None)
+    assert Pipeline(workspace).retrieve() == mix, "what was chosen by the same things is not chosen again"
 
 
 # Figures
@@ -270,11 +275,9 @@ def by_hand(data: Path, embeddings: dict[str, np.ndarray]) -> dict[str, dict[str
         return sum(strength) + 1e-6 * popularity[item]
 
     def content(history: list[str], item: str) -> float:
-        last = history[-5:]
-        weights = [0.2, 0.4, 0.6, 0.8, 1.0][-len(last) :]
         return sum(
-            weight * float(embeddings[past].astype(np.float64) @ embeddings[item].astype(np.float64)) ** 3
-            for weight, past in zip(weights, last, strict=True)
+            0.8**age * max(float(embeddings[past].astype(np.float64) @ embeddings[item].astype(np.float64)), 0.0) ** 5
+            for age, past in enumerate(history[:-11:-1])
         )
 
     scorers: dict[str, Callable[[list[str], str], float]] = {
@@ -312,7 +315,7 @@ def test_reranking_moves_only_targets_inside_their_list(copied: Path, monkeypatc
     evaluated = Pipeline(Workspace.open(copied))
     k, targets = 8, evaluated.chosen.test
     evaluated.evaluate()
-    held = evaluated._lists(targets, evaluated._retriever(evaluated.split.seen_test)).held
+    held = evaluated._lists(targets, evaluated._retriever("test")).held
     assert 0 < held.sum() < len(targets)
     retrieved = places[RETRIEVED]
     for name in ("MLLM odds alone", "MLLM likelihood alone", RERANKED):
@@ -385,14 +388,22 @@ def test_negatives_and_lists_come_from_what_their_targets_may_know(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     masks: dict[str, list[np.ndarray]] = {}
-    fit = pipeline.retrieval.Retriever.fit
+    encoded: list[np.ndarray] = []
+    fit, fit_encoder = pipeline.retrieval.Retriever.fit, pipeline.sequence.fit
     stage = ""
 
     def watch(histories: Any, seen: np.ndarray, *rest: Any) -> Any:
         masks.setdefault(stage, []).append(seen)
         return fit(histories, seen, *rest)
 
+    def watch_encoder(histories: Any, seen: np.ndarray, *rest: Any) -> Any:
+        encoded.append(seen)
+        return fit_encoder(histories, seen, *rest)
+
+    shutil.rmtree(copied / "runs/main/encoders")
+    (copied / "runs/main/choices.json").unlink()
     monkeypatch.setattr(pipeline.retrieval.Retriever, "fit", watch)
+    monkeypatch.setattr(pipeline.sequence, "fit", watch_encoder)
     monkeypatch.setattr(pipeline.tuning, "train", lambda *_: None)
     run = Pipeline(Workspace.open(copied))
     for stage in ("retrieve", "comprehend", "train", "evaluate"):  # read by `watch`
@@ -407,6 +418,12 @@ def test_negatives_and_lists_come_from_what_their_targets_may_know(
         for stage in ("comprehend", "evaluate"):  # lists of validation; evaluate also looks at the training rows
             assert not any(mask[stop - 1] for mask in masks[stage])
             assert sum(not mask[stop - 2] for mask in masks[stage]) == (2 if stage == "evaluate" else 1)
+        assert not any(mask[stop - 1] for mask in encoded)
+    # One encoder per part, each fitted once and then kept.
+    of_parts = (run.split.seen_validation, run.split.seen_test, run.split.seen_training)
+    assert len(encoded) == 3
+    for seen, part in zip(encoded, of_parts, strict=True):
+        np.testing.assert_array_equal(seen, part)
 
 
 # Other settings

@@ -13,11 +13,13 @@ import pytest
 
 from mllm_srec import recommender as recommender_module
 from mllm_srec.config import load_config
+from mllm_srec.data.dataset import Queries
 from mllm_srec.errors import ModelError, StoreError, UsageError
 from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.pipeline import Pipeline
 from mllm_srec.ranking import Fusion
 from mllm_srec.recommender import Answer, Choices, Recommender, attach_adapter
+from mllm_srec.retrieval import Mix
 from mllm_srec.user_states import NOBODY
 from mllm_srec.workspace import Workspace, read_manifest
 from tiny_models import tiny_mllm
@@ -64,7 +66,9 @@ def test_a_list_is_the_best_of_retrieval_in_another_order(
     ready: Recommender, fuse_by: Callable[[Fusion], None]
 ) -> None:
     user = ready.histories.users[3]
-    best = ready.retriever.candidates([ready.histories.of(3)], K)[0][0]
+    assert ready.histories.time is not None
+    asked = Queries([ready.histories.of(3)], [ready.histories.time[ready.histories.span(3)]])
+    best = ready.retriever.candidates(asked, K)[0][0]
     retrieved = [ready.catalogue.ids[i] for i in best]
     fuse_by(Fusion(1.0, 0.0, 0.0, False))
     assert ids(ready.recommend(user=user, k=K)) == retrieved
@@ -293,13 +297,14 @@ def test_a_flipped_byte_of_the_adapter_is_refused_and_mended_by_run(copied: Path
 def test_changed_figures_or_choices_of_a_run_are_refused(copied: Path) -> None:
     file = copied / "runs/main/choices.json"
     values = json.loads(file.read_text())
-    file.write_text(json.dumps(values | {"content_weight": 9.0}))
+    file.write_text(json.dumps(values | {"retrieval": values["retrieval"] | {"content": 9.0}}))
     with pytest.raises(StoreError, match=r"choices.json is damaged or was changed after .*manifest.json was written"):
         Recommender(Workspace.open(copied))
 
 
 @pytest.mark.parametrize(
-    "content", ["{", '{"content_weight": 1}', "[]", '{"content_weight": 1, "fusion": {"odd": 1}}', "\x00"]
+    "content",
+    ["{", '{"retrieval": {}}', "[]", '{"retrieval": {"odd": 1}, "retriever_epochs": []}', "\x00"],
 )
 def test_a_damaged_choice_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "choices.json").write_text(content)
@@ -310,7 +315,7 @@ def test_a_damaged_choice_is_named(tmp_path: Path, content: str) -> None:
 def test_choices_come_back_as_they_were_written(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"choices.json is missing: run `mllm-srec retrieve WS` first"):
         Choices.read(tmp_path)
-    choices = Choices(0.25, Fusion(1.0, 0.5, 2.0, True))
+    choices = Choices(Mix(0.25, 1.0, 0.0, 20), "abc", ((5, 0.125), (20, 0.25)), Fusion(1.0, 0.5, 2.0, True))
     (tmp_path / "choices.json").write_text(choices.dump())
     assert Choices.read(tmp_path) == choices
 

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 PARTS = ("validation", "test")
+SEEN = ("seen_user", "seen_item", "seen_time")
 TIE_RULES = ("file_order", "strict")
 PEERS = ("popularity", "item-kNN", "EASE", "SASRec", "BERT4Rec")
 RESULTS = "peers.json"
@@ -29,14 +30,17 @@ class Asked:
     """Targets, and what each of them sees. To the peers every target is a user of its own, a pseudo user named by its
     number, whose interactions are what the target sees.
 
-    user int64 (T,): whose target it is. target int32 (T,): the item to be found. Target t sees the items
-    history[offsets[t] : offsets[t + 1]], oldest first; history int32 (H,), offsets int64 (T + 1,).
+    user int64 (T,): whose target it is. target int32 (T,): the item to be found. now int64 (T,): when it is asked for.
+    Target t sees the items history[offsets[t] : offsets[t + 1]], oldest first, and their times; history int32 (H,),
+    time int64 (H,), offsets int64 (T + 1,). Times are in ms UTC.
     """
 
     user: np.ndarray
     target: np.ndarray
+    now: np.ndarray
     offsets: np.ndarray
     history: np.ndarray
+    time: np.ndarray
 
     def __len__(self) -> int:
         return len(self.target)
@@ -44,6 +48,10 @@ class Asked:
     def histories(self, start: int, stop: int) -> list[np.ndarray]:
         """What each of the targets [start, stop) sees; `stop` may lie behind the last."""
         return [self.history[a:b] for a, b in pairwise(self.offsets[start : stop + 1])]
+
+    def times(self, start: int, stop: int) -> list[np.ndarray]:
+        """When each of the events of `histories` was."""
+        return [self.time[a:b] for a, b in pairwise(self.offsets[start : stop + 1])]
 
     def pseudo_users(self, start: int, stop: int, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The events that the targets [start, stop) see, in order, without items outside the mask `known` bool (I,).
@@ -63,18 +71,19 @@ class Asked:
 class Part:
     """Validation or test of one split: what systems may be fitted on, and what they are asked then, by tie rule.
 
-    items: size of the catalogue; an item is its position in it. seen_user int64 (S,), seen_item int32 (S,): the events
-    that may be seen, by user, oldest first.
+    items: size of the catalogue; an item is its position in it. seen_user int64 (S,), seen_item int32 (S,), seen_time
+    int64 (S,), ms UTC: the events that may be seen, by user, oldest first.
     """
 
     items: int
     seen_user: np.ndarray
     seen_item: np.ndarray
+    seen_time: np.ndarray
     asked: dict[str, Asked]
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything, flat."""
-        flat = {"items": np.array(self.items), "seen_user": self.seen_user, "seen_item": self.seen_item}
+        flat = {name: getattr(self, name) for name in SEEN} | {"items": np.array(self.items)}
         for rule, asked in self.asked.items():
             flat |= {f"{rule}.{name}": array for name, array in vars(asked).items()}
         return flat
@@ -101,7 +110,7 @@ class Part:
             if dot:
                 asked.setdefault(rule, {})[field] = array
         of_rules = {rule: Asked(**fields) for rule, fields in asked.items()}
-        return cls(int(flat["items"]), flat["seen_user"], flat["seen_item"], of_rules)
+        return cls(int(flat["items"]), *(flat[name] for name in SEEN), of_rules)
 
 
 # Files

@@ -160,8 +160,10 @@ def exported(histories: Histories, splits: Mapping[str, Split]) -> dict[str, Par
     """Validation and test of the splits that tie rules make of one log.
 
     Raises:
-        ValueError: the splits let different events be seen, so that one fit cannot serve them all.
+        ValueError: the log has no times, or the splits let different events be seen, so that one fit cannot serve all.
     """
+    if histories.time is None:
+        raise ValueError("the log has no times: systems that look at them could not be compared")
     owner = np.repeat(np.arange(len(histories.users)), np.diff(histories.offsets))
     parts = {}
     for name in PARTS:
@@ -169,18 +171,23 @@ def exported(histories: Histories, splits: Mapping[str, Split]) -> dict[str, Par
         if any((mask != masks[0]).any() for mask in masks):
             raise ValueError(f"{', '.join(splits)} see different events before the {name}")
         asked = {rule: asked_of(histories, getattr(split, name)) for rule, split in splits.items()}
-        parts[name] = Part(len(histories.items), owner[masks[0]], histories.item[masks[0]], asked)
+        seen = (of_event[masks[0]] for of_event in (owner, histories.item, histories.time))
+        parts[name] = Part(len(histories.items), *seen, asked)
     return parts
 
 
 def asked_of(histories: Histories, targets: Targets) -> Asked:
-    """The targets with what is visible to them."""
-    seen = protocol.histories_of(histories, targets)
+    """The targets with what is visible to them; the log has times."""
+    assert histories.time is not None
+    first = histories.offsets[targets.user]
+    spans = [slice(start, start + end) for start, end in zip(first, targets.end, strict=True)]
     return Asked(
         user=targets.user,
         target=protocol.target_items(histories, targets).astype(np.int32),
-        offsets=np.concatenate([[0], np.cumsum([len(history) for history in seen])]).astype(np.int64),
-        history=np.concatenate([np.zeros(0, dtype=np.int32), *seen]),
+        now=histories.time[first + targets.position],
+        offsets=np.concatenate([[0], np.cumsum(targets.end)]).astype(np.int64),
+        history=np.concatenate([np.zeros(0, dtype=np.int32), *(histories.item[span] for span in spans)]),
+        time=np.concatenate([np.zeros(0, dtype=np.int64), *(histories.time[span] for span in spans)]),
     )
 
 

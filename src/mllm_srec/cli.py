@@ -322,7 +322,7 @@ def print_metrics(result: dict[str, Any]) -> None:
         f"The first {about['reranked']} of retrieval are reranked and hold "
         f"{result['targets_among_candidates']:.1%} of the targets. Chosen on {result['choosing_targets']} targets of "
         f"validation, {result['choosing_targets_among_candidates']} of them among their candidates: "
-        f"content weight {chosen['content_weight']}, fusion {chosen['fusion']}.",
+        f"retrieval {chosen['retrieval']}, fusion {chosen['fusion']}.",
         highlight=False,
     )
 

@@ -122,13 +122,17 @@ class UsersConfig(_Section):
 
 
 class RetrievalConfig(_Section):
-    """Candidates from co-occurrence and content."""
+    """Candidates from co-occurrence, content, a sequence encoder and the trend."""
 
     candidates: int = Field(20, ge=2)
-    content_weights: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = Field(
+    repeats: bool = False
+    """Whether an item of the user's history may be recommended again; for a log read with `data.repeats=keep`."""
+    weights: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = Field(
         (0.0, 0.25, 0.5, 1.0, 2.0, 4.0), min_length=1
     )
-    """Weights of the content score that validation chooses from."""
+    """Weights of content, sequence and trend beside co-occurrence that validation chooses from."""
+    epochs: int = Field(150, ge=0)
+    """Of the sequence encoder at most; validation says when to stop. 0: there is none."""
 
 
 class TrainingConfig(_Section):

@@ -5,7 +5,7 @@ among its candidates, so neither its user's state nor its list is read by the mo
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,10 +23,11 @@ from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.mllm.remote import RemoteMllm
 from mllm_srec.mllm.text_encoder import TextEncoder
 from mllm_srec.progress import say
-from mllm_srec.recommender import ADAPTER, CHOICES, RUN, Choices, attach_adapter
+from mllm_srec.recommender import ADAPTER, CHOICES, RUN, Choices, attach_adapter, encoder_file
 from mllm_srec.records import TrainingRecord, training_record
+from mllm_srec.retrieval import sequence
 from mllm_srec.user_states import UserState, disliked_events, low_rating
-from mllm_srec.workspace import Workspace, atomic_write, write_manifest
+from mllm_srec.workspace import Workspace, atomic_write, fingerprint, write_manifest
 
 RERANKED = "MLLM-SRec"
 RETRIEVED = "retrieval"
@@ -93,31 +94,41 @@ class Pipeline:
             return catalogue.embed_fused(self.workspace, self.mllm, self.catalogue)
         return catalogue.embed(self.workspace, TextEncoder(), self.catalogue)
 
+    @cached_property
+    def likeness(self) -> retrieval.Likeness:
+        """Which items' embeddings are close to each other."""
+        return retrieval.Likeness(self.embeddings)
+
     def describe(self) -> None:
         """Stage 1: one row per item in `item_texts`."""
         self.mllm.drop_adapter()  # descriptions and states are made, and looked up, by the model as it was loaded
         items.describe(self.workspace, self.mllm)
-        for stale in ("catalogue", "embeddings"):
+        for stale in ("catalogue", "embeddings", "likeness"):
             self.__dict__.pop(stale, None)
 
-    def retrieve(self) -> float:
-        """Embed the catalogue and choose the content weight on validation; it is stored with the run's choices."""
-        weight = retrieval.choose_content_weight(
-            self.histories, self.split, self.embeddings, self.config.retrieval.content_weights
+    def retrieve(self) -> retrieval.Mix:
+        """Embed the catalogue and let validation choose the retriever's mix; it is stored with the run's choices."""
+        folder, config, targets = self.workspace.run(RUN), self.config.retrieval, self.split.validation
+        mark = sequence.made_of(self.histories, self.split.seen_validation, self.embeddings, self.config.seed)
+        asked = (of.tobytes() for of in (targets.user, targets.position, targets.end))
+        made_of = fingerprint(mark, *asked, config.model_dump_json(exclude={"candidates"}))
+        before = Choices.read(folder) if (folder / CHOICES).exists() else None
+        if before and before.made_of == made_of:
+            return before.retrieval
+        chosen = retrieval.choose(
+            self.histories, self.split.seen_validation, targets, self.likeness, config, self.config.seed
         )
-        folder = self.workspace.run(RUN)
-        fusion = Choices.read(folder).fusion if (folder / CHOICES).exists() else ranking.Fusion(1.0, 0.0, 0.0, False)
-        atomic_write(folder / CHOICES, Choices(weight, fusion).dump())
-        return weight
+        if chosen.encoder is not None:
+            sequence.write(chosen.encoder, encoder_file(folder, "validation"), mark, chosen.mix.epochs)
+        fusion = before.fusion if before else ranking.Fusion(1.0, 0.0, 0.0, False)
+        atomic_write(folder / CHOICES, Choices(chosen.mix, made_of, chosen.curve, fusion).dump())
+        return chosen.mix
 
     def comprehend(self) -> None:
         """Stage 2: the states of the training targets, and of the targets whose candidates hold them."""
         wanted = [self.chosen.training]
-        for targets, seen in (
-            (self.chosen.choosing, self.split.seen_validation),
-            (self.chosen.test, self.split.seen_test),
-        ):
-            held = self._lists(targets, self._retriever(seen)).held
+        for targets, part in ((self.chosen.choosing, "validation"), (self.chosen.test, "test")):
+            held = self._lists(targets, self._retriever(part)).held
             wanted.append(targets.take(np.flatnonzero(held)))
         pairs = [(int(u), int(e)) for part in wanted for u, e in zip(part.user, part.end, strict=True)]
         self.mllm.drop_adapter()
@@ -150,11 +161,11 @@ class Pipeline:
                 "`mllm-srec train WS` first, or rank without fine-tuning by --set training.rows=0"
             )
         attach_adapter(self.mllm, folder, self.config)
-        weight = Choices.read(folder).content_weight
+        choices = Choices.read(folder)
         choosing, test = self.chosen.choosing, self.chosen.test
-        retriever = self._retriever(self.split.seen_test)
+        retriever = self._retriever("test")
         lists = {
-            "validation": self._lists(choosing, self._retriever(self.split.seen_validation)),
+            "validation": self._lists(choosing, self._retriever("validation")),
             "test": self._lists(test, retriever),
         }
         read = {
@@ -168,14 +179,18 @@ class Pipeline:
             say("evaluate: no validation list holds its target, so the model gets no weight beside retrieval")
         wanted = protocol.target_items(self.histories, choosing)[held]
         fusion = ranking.choose_fusion(read["validation"], priors, wanted)
-        atomic_write(folder / CHOICES, Choices(weight, fusion).dump())
+        choices = replace(choices, fusion=fusion)
+        atomic_write(folder / CHOICES, choices.dump())
 
         places = {
             "popularity": self._place(lambda block: np.repeat(retriever.popularity[None], len(block), 0)),
             "co-occurrence": self._place(retriever.cooccurrence.scores),
-            "content": self._place(retriever.content.scores),
+            "content": self._place(retriever.likeness.scores),
+            "sequence encoder": self._place(retriever.encoder_scores),
             RETRIEVED: self._place(retriever.scores),
         }
+        if retriever.encoder is None:
+            places.pop("sequence encoder")
         rows = (
             ("MLLM odds alone", ranking.Fusion(0.0, 1.0, 0.0, fusion.subtract_empty)),
             ("MLLM likelihood alone", ranking.Fusion(0.0, 0.0, 1.0, fusion.subtract_empty)),
@@ -190,7 +205,7 @@ class Pipeline:
         result = {
             "version": __version__,
             "conditions": protocol.conditions(self.dataset, self.split, test, self.config),
-            "choices": json.loads(Choices(weight, fusion).dump()),
+            "choices": json.loads(choices.dump()),
             "choosing_targets": len(choosing),
             "choosing_targets_among_candidates": int(held.sum()),
             "training_rows": len(self.chosen.training) * self.config.training.epochs if self.mllm.has_adapter else 0,
@@ -225,9 +240,20 @@ class Pipeline:
             test=_sample(self.split.test, evaluation.users, generator),
         )
 
-    def _retriever(self, seen: np.ndarray) -> retrieval.Retriever:
-        weight = Choices.read(self.workspace.run(RUN)).content_weight
-        return retrieval.Retriever.fit(self.histories, seen, self.embeddings, weight)
+    def _retriever(self, part: str) -> retrieval.Retriever:
+        """Fitted on what `part` ("training", "validation", "test") may see; its encoder is kept in the run's folder."""
+        seen: np.ndarray = getattr(self.split, f"seen_{part}")
+        folder = self.workspace.run(RUN)
+        mix, encoder = Choices.read(folder).retrieval, None
+        if mix.epochs:
+            file = encoder_file(folder, part)
+            mark = sequence.made_of(self.histories, seen, self.embeddings, self.config.seed)
+            encoder = sequence.load(file, self.embeddings, mark, mix.epochs)
+            if encoder is None:
+                label = f"retrieve: {part}"
+                encoder = sequence.fit(self.histories, seen, self.embeddings, mix.epochs, self.config.seed, label)
+                sequence.write(encoder, file, mark, mix.epochs)
+        return retrieval.Retriever.fit(self.histories, seen, self.likeness, mix, encoder, self.config.retrieval.repeats)
 
     def _slices(self, places: dict[str, protocol.Places], test: Targets) -> dict[str, Any]:
         """For whom the reranked lists are better than retrieval's, and for which items."""
@@ -247,7 +273,7 @@ class Pipeline:
         }
 
     def _place(self, scorer: protocol.Scorer) -> protocol.Places:
-        return protocol.place_targets(self.histories, self.chosen.test, scorer)
+        return protocol.place_targets(self.histories, self.chosen.test, scorer, self.config.retrieval.repeats)
 
     def _records(self) -> list[TrainingRecord]:
         """The training rows. Negatives come from a retriever that has not seen the training targets."""
@@ -255,7 +281,7 @@ class Pipeline:
         if len(targets) == 0:
             return []
         states, low = users.load_states(self.workspace, self.catalogue), low_rating(self.histories)
-        retriever = self._retriever(self.split.seen_training)
+        retriever = self._retriever("training")
         seen, wanted = protocol.histories_of(self.histories, targets), protocol.target_items(self.histories, targets)
         negatives = retriever.negatives(seen, wanted, self.config.training.negatives, self.config.seed)
         return [

@@ -10,13 +10,15 @@ import numpy as np
 
 from mllm_srec.catalogue import Catalogue, load_embeddings
 from mllm_srec.config import Config
+from mllm_srec.data.dataset import Queries
 from mllm_srec.errors import StoreError, UsageError
 from mllm_srec.mllm.load import load_mllm, trainable
 from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.mllm.remote import RemoteMllm
 from mllm_srec.ranking import Candidates, Fusion, Reason, check_scores, explain, fuse, stored_priors
 from mllm_srec.records import ranking_request
-from mllm_srec.retrieval import Retriever
+from mllm_srec.retrieval import Likeness, Mix, Retriever, SequenceEncoder
+from mllm_srec.retrieval import sequence as encoders
 from mllm_srec.user_states import History, UserState, low_rating
 from mllm_srec.users import comprehend_history
 from mllm_srec.workspace import Workspace, read_manifest
@@ -24,13 +26,18 @@ from mllm_srec.workspace import Workspace, read_manifest
 RUN = "main"
 CHOICES = "choices.json"
 ADAPTER = "adapter"
+ENCODERS = "encoders"
 
 
 @dataclass(frozen=True)
 class Choices:
     """What validation chose and the test and the service then use."""
 
-    content_weight: float
+    retrieval: Mix
+    made_of: str
+    """Fingerprint of what the mix was chosen by."""
+    retriever_epochs: tuple[tuple[int, float], ...]
+    """(epoch, NDCG@10 on validation) of the sequence encoder."""
     fusion: Fusion
 
     @classmethod
@@ -42,7 +49,8 @@ class Choices:
         """
         try:
             values = json.loads((folder / CHOICES).read_text(encoding="utf-8"))
-            return cls(values["content_weight"], Fusion(**values["fusion"]))
+            curve = tuple((int(epoch), float(ndcg)) for epoch, ndcg in values["retriever_epochs"])
+            return cls(Mix(**values["retrieval"]), values["made_of"], curve, Fusion(**values["fusion"]))
         except FileNotFoundError:
             raise StoreError(f"{folder / CHOICES} is missing: run `mllm-srec retrieve WS` first") from None
         except (ValueError, KeyError, TypeError) as error:
@@ -50,7 +58,29 @@ class Choices:
 
     def dump(self) -> str:
         """The text that `read` understands."""
-        return json.dumps({"content_weight": self.content_weight, "fusion": asdict(self.fusion)}, indent=2)
+        return json.dumps(asdict(self), indent=2)
+
+
+def encoder_file(folder: Path, part: str) -> Path:
+    """Where run `folder` keeps the encoder fitted on what `part` ("training", "validation", "test") may see."""
+    return folder / ENCODERS / f"{part}.safetensors"
+
+
+def load_encoder(folder: Path, mix: Mix, vectors: np.ndarray) -> SequenceEncoder | None:
+    """The encoder that lists are made with: the test's, which has seen all but the newest events; None if the mix has
+    none. What a user did after that is read, though it was not learnt from.
+
+    Raises:
+        StoreError: it is missing, damaged, or of another catalogue.
+    """
+    if not mix.epochs:
+        return None
+    encoder = encoders.load(encoder_file(folder, "test"), vectors)
+    if encoder is None:
+        raise StoreError(
+            f"{encoder_file(folder, 'test')} is missing, damaged or of another catalogue: run `mllm-srec evaluate WS`"
+        )
+    return encoder
 
 
 def attach_adapter(mllm: LocalMllm | RemoteMllm, run: Path, config: Config) -> None:
@@ -121,11 +151,14 @@ class Recommender:
         self.dataset = workspace.dataset()
         self.histories = self.dataset.histories()
         self.catalogue = Catalogue.load(workspace)
+        vectors = load_embeddings(workspace, self.catalogue)
         self.retriever = Retriever.fit(
             self.histories,
             np.ones(len(self.histories.item), dtype=bool),
-            load_embeddings(workspace, self.catalogue),
-            self.choices.content_weight,
+            Likeness(vectors),
+            self.choices.retrieval,
+            load_encoder(folder, self.choices.retrieval, vectors),
+            self.config.retrieval.repeats,
         )
         self.mllm = mllm or load_mllm(self.config.model)
         if mllm is None:
@@ -153,13 +186,13 @@ class Recommender:
         if k < 1:
             raise UsageError(f"k must be at least 1, not {k}")
         if user is not None:
-            items, liked, state = self._known(user)
+            asked, liked, state = self._known(user)
         else:
-            items, state = self._outside(history or [])
-            liked = items
-        return self._answer(user, items, liked, state, k, explain)
+            asked, state = self._outside(history or [])
+            liked = asked[0]
+        return self._answer(user, asked, liked, state, k, explain)
 
-    def _known(self, user: str) -> tuple[np.ndarray, np.ndarray, UserState]:
+    def _known(self, user: str) -> tuple[Queries, np.ndarray, UserState]:
         if user not in self._users:
             near = get_close_matches(user, self._users, n=3)
             raise UsageError(
@@ -167,14 +200,16 @@ class Recommender:
                 + (f": did you mean {', '.join(near)}?" if near else ".")
                 + " For somebody new, give a history of item ids (--history)."
             )
-        history = History.of(self.histories, self._users[user], self._low)
+        number = self._users[user]
+        history = History.of(self.histories, number, self._low)
         with self.mllm.without_adapter():  # as `comprehend` does it: the adapter has learnt to rank, not to summarise
             state = comprehend_history(self.mllm, self.catalogue, history, self.config.users, workspace=self.workspace)
         if self.histories.time is not None:  # asked at the end of the log
             state = state.asked_at(int(self.histories.time.max()))
-        return history.items, history.items[~history.disliked], state
+        times = None if self.histories.time is None else [self.histories.time[self.histories.span(number)]]
+        return Queries([history.items], times), history.items[~history.disliked], state
 
-    def _outside(self, history: Sequence[str]) -> tuple[np.ndarray, UserState]:
+    def _outside(self, history: Sequence[str]) -> tuple[Queries, UserState]:
         unknown = [item_id for item_id in history if item_id not in self._place]
         if unknown:
             near = get_close_matches(unknown[0], self._place, n=3)
@@ -185,12 +220,14 @@ class Recommender:
             )
         items = np.array([self._place[item_id] for item_id in history], dtype=np.int32)
         with self.mllm.without_adapter():
-            return items, comprehend_history(self.mllm, self.catalogue, History.outside(items), self.config.users)
+            return Queries([items]), comprehend_history(
+                self.mllm, self.catalogue, History.outside(items), self.config.users
+            )
 
     def _answer(
-        self, user: str | None, items: np.ndarray, liked: np.ndarray, state: UserState, k: int, reasons: bool
+        self, user: str | None, asked: Queries, liked: np.ndarray, state: UserState, k: int, reasons: bool
     ) -> Answer:
-        shown = self._rank(items, state, k)[:k]
+        shown = self._rank(asked, state, k)[:k]
         said = self._reasons(state, liked, [item for item, *_ in shown]) if reasons else [None] * len(shown)
         rows = self.dataset.items
         return Answer(
@@ -214,19 +251,20 @@ class Recommender:
             ),
         )
 
-    def _rank(self, items: np.ndarray, state: UserState, k: int) -> list[tuple[int, float, float, float]]:
+    def _rank(self, asked: Queries, state: UserState, k: int) -> list[tuple[int, float, float, float]]:
         """(catalogue position, fused score, retrieval score, odds) of at least `k` items, if there are as many left."""
-        depth = min(max(k, self.config.retrieval.candidates), len(self.catalogue.ids) - len(set(items.tolist())))
+        barred = set() if self.retriever.repeats else set(asked[0].tolist())
+        depth = min(max(k, self.config.retrieval.candidates), len(self.catalogue.ids) - len(barred))
         if depth == 0:
             return []
-        listed, retrieval = self.retriever.candidates([items], depth)
+        listed, retrieval = self.retriever.candidates(asked, depth)
         ranked = min(self.config.retrieval.candidates, depth)
         head = listed[:, :ranked]
         scores = self.mllm.score([ranking_request(state, self.catalogue, head[0])])[0]
         if len({self.catalogue.candidates[i] for i in head[0]}) > 1:  # else equal scores are what they should be
             check_scores(scores[:, 0], scores[:, 1])
         priors = stored_priors(self.workspace, self.mllm, self.catalogue, head[0])
-        if len(items) == 0:  # the empty user itself: exactly zero is left, not the rounding error of two readings
+        if len(asked[0]) == 0:  # the empty user itself: exactly zero is left, not the rounding error of two readings
             priors[head[0]] = scores
         read = Candidates(head, retrieval[:, :ranked], scores[None, :, 0], scores[None, :, 1])
         fused = fuse(read, priors, self.choices.fusion)[0]

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from mllm_srec.data.dataset import Dataset
 from mllm_srec.data.split import global_time, leave_last_out
 from mllm_srec.evaluation import protocol
-from mllm_srec.retrieval import Content, CoOccurrence
+from mllm_srec.retrieval import CoOccurrence, Likeness, Mix, Retriever, sequence
 
 sys.path += [str(Path(__file__).parents[2] / "benchmarks" / folder) for folder in ("", "peers")]
 
@@ -50,8 +51,10 @@ def asked(targets: list[int], histories: list[list[int]], users: list[int] | Non
     return Asked(
         user=np.array(users or range(len(targets)), dtype=np.int64),
         target=np.array(targets, dtype=np.int32),
+        now=np.full(len(targets), 99, dtype=np.int64),
         offsets=np.concatenate([[0], np.cumsum([len(history) for history in histories])]).astype(np.int64),
         history=np.array([item for history in histories for item in history], dtype=np.int32),
+        time=np.array([at for history in histories for at in range(len(history))], dtype=np.int64),
     )
 
 
@@ -76,6 +79,9 @@ def test_a_split_is_exported_by_hand() -> None:
         assert shown(validation.asked[rule]) == [(0, [0, 1], 2), (1, [4], 0)]
     assert shown(test.asked["file_order"]) == [(0, [0, 1, 2], 3), (1, [4, 0], 1)]
     assert shown(test.asked["strict"]) == [(0, [0, 1], 3), (1, [4, 0], 1)]
+    assert test.seen_time.tolist() == [1, 2, 3, 1, 5, 1, 2]
+    assert [times.tolist() for times in test.asked["strict"].times(0, 9)] == [[1, 2], [1, 5]]
+    assert test.asked["strict"].now.tolist() == [3, 6]
 
 
 def test_splits_that_let_different_events_be_seen_are_not_exported_together() -> None:
@@ -101,12 +107,14 @@ def test_another_event_target_or_catalogue_is_another_part() -> None:
     part = parts_of(SHOP)["test"]
     one = part.asked["strict"]
     others = [
-        Part(7, part.seen_user, part.seen_item, part.asked),
-        Part(6, part.seen_user, part.seen_item[::-1].copy(), part.asked),
-        Part(6, part.seen_user, part.seen_item, {**part.asked, "strict": asked([2, 1], [[0, 1], [4, 0]])}),
-        Part(6, part.seen_user, part.seen_item, {"strict": one}),
+        replace(part, items=7),
+        replace(part, seen_item=part.seen_item[::-1].copy()),
+        replace(part, seen_time=part.seen_time + 1),
+        replace(part, asked={**part.asked, "strict": replace(one, target=one.target[::-1].copy())}),
+        replace(part, asked={**part.asked, "strict": replace(one, now=one.now + 1)}),
+        replace(part, asked={"strict": one}),
     ]
-    assert len({part.mark(), *(other.mark() for other in others)}) == 5
+    assert len({part.mark(), *(other.mark() for other in others)}) == 7
 
 
 def test_each_target_becomes_a_pseudo_user_of_the_known_items_it_sees() -> None:
@@ -222,7 +230,7 @@ def test_a_fit_is_given_up_when_it_gets_better_for_no_tie_rule(tmp_path: Path) -
 def test_a_tie_rule_without_test_targets_has_no_scores(tmp_path: Path) -> None:
     parts = parts_of(SHOP)
     nobody = asked([], [])
-    parts = {name: Part(6, of.seen_user, of.seen_item, {**of.asked, "strict": nobody}) for name, of in parts.items()}
+    parts = {name: replace(of, asked={**of.asked, "strict": nobody}) for name, of in parts.items()}
     found = choosing.choose_and_refit("company", ours.systems(np.eye(6, dtype=np.float32))["mix"], parts, tmp_path)
     assert list(found) == ["file_order"]
 
@@ -253,7 +261,13 @@ def test_our_rows_are_those_of_retrieval_on_the_events_that_may_be_seen() -> Non
     part = run.exported(histories, {"file_order": split})["test"]
     seen = protocol.histories_of(histories, split.test)
     company = CoOccurrence.fit(histories, split.seen_test).scores(seen)
-    content = Content(vectors).scores(seen)
+    weights = [0.2, 0.4, 0.6, 0.8, 1.0]
+    content = np.array(
+        [
+            sum(w * (vectors @ vectors[i]) ** 3 for w, i in zip(weights[-len(h[-5:]) :], h[-5:], strict=True))
+            for h in seen
+        ]
+    )
     last = vectors[[history[-1] for history in seen]] @ vectors.T
     expected = {
         "co-occurrence": company,
@@ -261,10 +275,27 @@ def test_our_rows_are_those_of_retrieval_on_the_events_that_may_be_seen() -> Non
         "content, last 5": content,
         "mix": company + 2 * content,
     }
+    mix = Mix(1.0, 0.5, 2.0, 2)
+    everything = np.ones(len(part.seen_item), dtype=bool)
+    encoder = sequence.fit(ours.histories_of(part), everything, vectors, 2, 0)
+    fitted = Retriever.fit(histories, split.seen_test, Likeness(vectors), mix, encoder)
+    expected["retrieval (ours)"] = fitted.scores(seen)
     for name, system in ours.systems(vectors).items():
-        settings = {"weight": 2.0} if name == "mix" else {}
+        settings = {"mix": {"weight": 2.0}, "retrieval (ours)": asdict(mix)}.get(name, {})
         ((_, scorer),) = system.fit(part, settings)
-        np.testing.assert_allclose(scorer(part.asked["file_order"]), expected[name], rtol=1e-6)
+        np.testing.assert_allclose(scorer(part.asked["file_order"]), expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_retrieval_is_chosen_by_each_tie_rule_and_refitted_with_that_choice(tmp_path: Path) -> None:
+    data = dataset(u="a1b2c3d3e5", v="b1c2d3a3f5", w="c1a2e3b3", x="f1e2d3c3b5a5")
+    parts = parts_of(data)
+    vectors = np.eye(6, dtype=np.float32)
+    system = replace(ours.systems(vectors)["retrieval (ours)"])
+    chosen = choosing.choose_and_refit("retrieval", system, parts, tmp_path)
+    for rule in TIE_RULES:
+        assert set(chosen[rule]["settings"]) == {"content", "sequence", "trend", "epochs"}
+        ((_, scorer),) = system.fit(parts["test"], chosen[rule]["settings"])
+        np.testing.assert_array_equal(np.load(tmp_path / chosen[rule]["file"]), scorer(parts["test"].asked[rule]))
 
 
 def test_our_rows_depend_on_the_vectors() -> None:
@@ -411,11 +442,11 @@ def test_one_table_of_both_protocols_and_tie_rules_and_a_second_run_fits_nothing
         f"hm_sample, {of}, {rule}" for of in run.PROTOCOLS for rule in TIE_RULES
     ]
     assert blocks[0].endswith(": 8 targets")
-    assert sum(line.startswith("|") for line in lines) == 2 + 4 * 5
+    assert sum(line.startswith("|") for line in lines) == 2 + 4 * 6
     assert Encoder.texts[:2] == ["thing a. kind", "thing b. kind"] and len(Encoder.texts) == 12
 
     stored = json.loads((tmp_path / "work" / "table.json").read_text())
-    assert len(stored["rows"]) == 20 and sum(row["p"]["NDCG@10"] is None for row in stored["rows"]) == 4
+    assert len(stored["rows"]) == 24 and sum(row["p"]["NDCG@10"] is None for row in stored["rows"]) == 4
     row = next(row for row in stored["rows"] if row["system"] == "popularity")
     assert row["protocol"] == "leave_last_out" and row["targets"] == row["users"] == 8
 

@@ -19,7 +19,7 @@ from mllm_srec.data.split import Split, global_time, leave_last_out
 from mllm_srec.errors import DataError
 from mllm_srec.evaluation.checks import Fit, audit_workspace, future_leaks, order_signal
 from mllm_srec.evaluation.protocol import Scorer
-from mllm_srec.retrieval import CoOccurrence, Retriever
+from mllm_srec.retrieval import CoOccurrence, Likeness, Mix, Retriever, sequence
 from mllm_srec.users import STATES, WINDOWS, comprehend
 from mllm_srec.windows import HOUR
 from mllm_srec.workspace import Workspace
@@ -209,8 +209,9 @@ def last_popular(log: Histories, seen: np.ndarray) -> Scorer:
 
 def lists(fitted_on: Callable[[np.ndarray], np.ndarray]) -> Fit:
     def fit(log: Histories, seen: np.ndarray) -> Scorer:
-        vectors = np.zeros((len(log.items), 1), np.float32)
-        retriever = Retriever.fit(log, fitted_on(seen), vectors, 0.0)
+        likeness = Likeness(np.ones((len(log.items), 1), np.float32))
+        encoder = sequence.fit(log, fitted_on(seen), likeness.vectors, 1, 0)
+        retriever = Retriever.fit(log, fitted_on(seen), likeness, Mix(0.0, 1.0, 1.0, 1), encoder)
         return lambda histories: retriever.candidates(histories, 10)[0]
 
     return fit

@@ -1,9 +1,10 @@
 """Dataset: a checked catalogue and log. Histories: the log as arrays, where a history is a prefix of a user's order."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import polars as pl
@@ -44,6 +45,45 @@ class Histories:
     def length(self, user: int) -> int:
         """How many events user number `user` has."""
         return int(self.offsets[user + 1] - self.offsets[user])
+
+
+class Queries(Sequence[np.ndarray]):
+    """Users who are asked for their next item: a sequence of their histories (int, catalogue positions, oldest first).
+
+    times: per history int64 (n,), ms UTC of its events; None for logs without times and histories from outside.
+    now: int64 (B,), ms UTC at which each is asked; None where that is not known.
+    """
+
+    def __init__(
+        self,
+        histories: Sequence[np.ndarray],
+        times: Sequence[np.ndarray] | None = None,
+        now: np.ndarray | None = None,
+    ) -> None:
+        self._histories = histories
+        self.times = times
+        self.now = now
+
+    @classmethod
+    def of(cls, histories: "Sequence[np.ndarray] | Queries") -> "Queries":
+        """Plain histories as queries without times; queries as they are."""
+        return histories if isinstance(histories, Queries) else cls(histories)
+
+    def __len__(self) -> int:
+        return len(self._histories)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter(self._histories)
+
+    @overload
+    def __getitem__(self, at: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, at: slice) -> "Queries": ...
+    def __getitem__(self, at: int | slice) -> "np.ndarray | Queries":
+        if isinstance(at, slice):
+            times = None if self.times is None else self.times[at]
+            return Queries(self._histories[at], times, None if self.now is None else self.now[at])
+        return self._histories[at]
 
 
 @dataclass(frozen=True)

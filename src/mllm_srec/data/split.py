@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mllm_srec.data.dataset import Histories
+from mllm_srec.data.dataset import Histories, Queries
 from mllm_srec.errors import DataError, UsageError
 
 TRAINING_SHARE, TRAINING_LAST = 0.25, 10
@@ -55,6 +55,22 @@ class Split:
     """Users with fewer than `min_history` events: they give no target, their events are still seen."""
     targets_without_history: int
     """Targets left out because too few events are visible to them."""
+
+
+def histories_of(histories: Histories, targets: Targets) -> Queries:
+    """What is visible to each target, oldest first, and when the target is asked for."""
+    first = histories.offsets[targets.user]
+    spans = [slice(start, start + end) for start, end in zip(first.tolist(), targets.end.tolist(), strict=True)]
+    seen = [histories.item[span] for span in spans]
+    if histories.time is None:
+        return Queries(seen)
+    return Queries(seen, [histories.time[span] for span in spans], histories.time[first + targets.position])
+
+
+def target_items(histories: Histories, targets: Targets) -> np.ndarray:
+    """int (T,): catalogue position of each target."""
+    items: np.ndarray = histories.item[histories.offsets[targets.user] + targets.position]
+    return items
 
 
 def leave_last_out(histories: Histories, tie_rule: str, min_history: int) -> Split:

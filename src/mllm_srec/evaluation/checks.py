@@ -17,7 +17,8 @@ from mllm_srec.data.audit import Finding, audit, finding
 from mllm_srec.data.dataset import Histories
 from mllm_srec.data.split import Split, Targets, global_time, leave_last_out
 from mllm_srec.evaluation.protocol import Scorer, histories_of, place_targets
-from mllm_srec.retrieval import LAST, CoOccurrence, Retriever
+from mllm_srec.retrieval import CoOccurrence, Likeness, Mix, Retriever, sequence
+from mllm_srec.retrieval.signals import LAST
 from mllm_srec.users import STATES, WINDOWS
 from mllm_srec.workspace import Workspace
 
@@ -251,6 +252,8 @@ def _ndcg(histories: Histories, targets: Targets, scorer: Scorer) -> np.ndarray:
 
 
 def _candidates(log: Histories, seen: np.ndarray, k: int) -> Scorer:
-    """Candidate lists by the log alone: items' vectors are made without it."""
-    retriever = Retriever.fit(log, seen, np.zeros((len(log.items), 1), dtype=np.float32), 0.0)
+    """Candidate lists by the log alone: items' vectors are made without it. One epoch shows what the encoder saw."""
+    likeness = Likeness(np.ones((len(log.items), 1), dtype=np.float32))
+    encoder = sequence.fit(log, seen, likeness.vectors, 1, 0)
+    retriever = Retriever.fit(log, seen, likeness, Mix(0.0, 1.0, 1.0, 1), encoder)
     return lambda visible: retriever.candidates(visible, k)[0]

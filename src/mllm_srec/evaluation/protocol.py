@@ -12,11 +12,13 @@ import numpy as np
 
 from mllm_srec import metrics
 from mllm_srec.config import Config
-from mllm_srec.data.dataset import Dataset, Histories
+from mllm_srec.data.dataset import Dataset, Histories, Queries
 from mllm_srec.data.split import Split, Targets
+from mllm_srec.data.split import histories_of as histories_of
+from mllm_srec.data.split import target_items as target_items
 
-Scorer = Callable[[Sequence[np.ndarray]], np.ndarray]
-"""Histories (item positions, oldest first) -> float32 (B, I) scores of the whole catalogue."""
+Scorer = Callable[[Queries], np.ndarray]
+"""Queries -> float32 (B, I) scores of the whole catalogue."""
 
 BLOCK = 256
 
@@ -29,24 +31,13 @@ class Places:
     ties: np.ndarray
 
 
-def histories_of(histories: Histories, targets: Targets) -> list[np.ndarray]:
-    """The items visible to each target, oldest first."""
-    return [histories.of(int(u), int(e)) for u, e in zip(targets.user, targets.end, strict=True)]
-
-
-def target_items(histories: Histories, targets: Targets) -> np.ndarray:
-    """int (T,): catalogue position of each target."""
-    items: np.ndarray = histories.item[histories.offsets[targets.user] + targets.position]
-    return items
-
-
-def place_targets(histories: Histories, targets: Targets, scorer: Scorer) -> Places:
-    """Where `scorer` puts each target in the full catalogue, items of its own history masked."""
+def place_targets(histories: Histories, targets: Targets, scorer: Scorer, repeats: bool = False) -> Places:
+    """Where `scorer` puts each target in the full catalogue, items of its own history masked unless `repeats`."""
     greater, ties = [], []
     seen, wanted = histories_of(histories, targets), target_items(histories, targets)
     for start in range(0, len(seen), BLOCK):
         block = seen[start : start + BLOCK]
-        above, equal = metrics.places(scorer(block), wanted[start : start + BLOCK], block)
+        above, equal = metrics.places(scorer(block), wanted[start : start + BLOCK], None if repeats else block)
         greater.append(above)
         ties.append(equal)
     if not greater:
@@ -116,7 +107,7 @@ def conditions(dataset: Dataset, split: Split, targets: Targets, config: Config)
         "min_history": split.min_history,
         "users_too_short": split.users_too_short,
         "targets_without_history": split.targets_without_history,
-        "catalogue": "full, items of the user's history masked",
+        "catalogue": "full" if config.retrieval.repeats else "full, items of the user's history masked",
         "ties": "expectation over random orders",
         "reranked": config.retrieval.candidates,
         "intervals": f"95 %, bootstrap over users, {config.evaluation.bootstrap} samples",

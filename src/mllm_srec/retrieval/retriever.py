@@ -1,0 +1,223 @@
+"""Retrieval over the whole catalogue: four signals, each in its deviations within the user, added by chosen weights.
+
+    score(u, i) = together / d1 + content * alike / d2 + sequence * encoder / d3 + trend * now / d4
+
+with each signal's standard deviation over the catalogue for this user. Deviations are known without the catalogue's
+row: of the sparse signals from what they name, of the encoder's inner product from the items' covariance. So the dense
+part is one inner product per item, and an index over it serves large catalogues (`index.py`).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from mllm_srec.data.dataset import Histories, Queries
+from mllm_srec.errors import DataError
+from mllm_srec.retrieval.sequence import SequenceEncoder
+from mllm_srec.retrieval.signals import CoOccurrence, Likeness, Trend, best, rows_at_once
+
+NEAR = 0.3
+"""Cosine from which a history item may be named as close in content."""
+
+
+ORDER = 1e-4
+"""Of a deviation: what the most popular item gets, so that popularity orders what nothing else does."""
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What validation chose: weights beside co-occurrence, and the epochs of the encoder (0: there is none)."""
+
+    content: float
+    sequence: float
+    trend: float
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Retriever:
+    """Scores are float32 (B, I) over the catalogue for B histories (item positions, oldest first).
+
+    `repeats`: items of the history may be recommended again.
+    """
+
+    cooccurrence: CoOccurrence
+    likeness: Likeness
+    trend: Trend
+    encoder: SequenceEncoder | None
+    mix: Mix
+    repeats: bool = False
+
+    @classmethod
+    def fit(
+        cls,
+        histories: Histories,
+        seen: np.ndarray,
+        likeness: Likeness,
+        mix: Mix,
+        encoder: SequenceEncoder | None = None,
+        repeats: bool = False,
+    ) -> "Retriever":
+        """Count the events of mask `seen` (N,); `encoder` must have been fitted on no others.
+
+        Raises:
+            DataError: the mask holds no event.
+        """
+        if not seen.any():
+            raise DataError("no event is left to fit the retriever on: give a longer log")
+        return cls(CoOccurrence.fit(histories, seen), likeness, Trend.fit(histories, seen), encoder, mix, repeats)
+
+    def mixed(self, mix: Mix) -> "Retriever":
+        """The same signals with other weights."""
+        return replace(self, mix=mix)
+
+    @property
+    def popularity(self) -> np.ndarray:
+        """float32 (I,): seen events per item."""
+        return self.cooccurrence.popularity
+
+    def scores(self, histories: Sequence[np.ndarray]) -> np.ndarray:
+        """float32 (B, I); plain histories are read without times, as of the end of the log."""
+        of = Queries.of(histories)
+        scores = self._static(of)
+        if self.encoder is not None and self.mix.sequence:
+            scores += self.encoded(of) @ self._items.T
+        if self.mix.content:
+            self.likeness.prepare(of)
+        for row, history in zip(scores, of, strict=True):
+            for items, values in self.named(history):
+                row[items] += values
+        return scores
+
+    def encoder_scores(self, histories: Sequence[np.ndarray]) -> np.ndarray:
+        """float32 (B, I): what the sequence encoder says alone, 0 without one."""
+        if self.encoder is None:
+            return np.zeros((len(histories), len(self.popularity)), dtype=np.float32)
+        scores: np.ndarray = self.encoder.queries(Queries.of(histories)) @ self._items.T
+        return scores
+
+    def encoded(self, queries: Queries) -> np.ndarray:
+        """float32 (B, W): what the encoder's item vectors are multiplied by, weight and deviation in it."""
+        assert self.encoder is not None
+        vectors = self.encoder.queries(queries)
+        deviation = np.sqrt(np.einsum("bw,wv,bv->b", vectors, self._covariance, vectors).clip(0))
+        scale = np.divide(self.mix.sequence, deviation, out=np.zeros_like(deviation), where=deviation > 1e-9)
+        scaled: np.ndarray = vectors * scale[:, None].astype(np.float32)
+        return scaled
+
+    def named(self, history: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Per sparse signal that counts: the items it names for this history, each once, and what they get."""
+        for signal, weight in ((self.cooccurrence, 1.0), (self.likeness, self.mix.content)):
+            if weight:
+                items, values = signal.named(history)
+                deviation = _deviation(values, len(self.popularity))
+                if deviation > 0:
+                    yield items, np.float32(weight / deviation) * values
+
+    def _static(self, queries: Queries) -> np.ndarray:
+        """float32 (B, I): what does not depend on the history; popularity orders what nothing else does."""
+        rows: np.ndarray = self._trend[self.trend.at(queries.now, len(queries))] + self._order
+        return rows
+
+    @cached_property
+    def _items(self) -> np.ndarray:
+        assert self.encoder is not None
+        return self.encoder.items()
+
+    @cached_property
+    def _covariance(self) -> np.ndarray:
+        """float64 (W, W) of the items' vectors: the variance of q . item over the catalogue is q' C q."""
+        covariance: np.ndarray = np.cov(self._items.astype(np.float64).T, bias=True)
+        return covariance
+
+    @cached_property
+    def _order(self) -> np.ndarray:
+        order: np.ndarray = np.float32(ORDER) * self.popularity / max(float(self.popularity.max()), 1.0)
+        return order
+
+    @cached_property
+    def _trend(self) -> np.ndarray:
+        values = self.trend.values
+        deviation = values.std(1, keepdims=True)
+        scale = np.divide(self.mix.trend, deviation, out=np.zeros_like(deviation), where=deviation > 0)
+        scaled: np.ndarray = values * scale.astype(np.float32)
+        return scaled
+
+    def _blocks(self, histories: Sequence[np.ndarray]) -> Iterator[tuple[int, Queries]]:
+        of, step = Queries.of(histories), rows_at_once(len(self.popularity))
+        for start in range(0, len(of), step):
+            yield start, of[start : start + step]
+
+    def candidates(self, histories: Sequence[np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The best items (outside each history unless `repeats`), int32 (B, k), best first, ties by position; and their
+        scores, float32.
+
+        Raises:
+            DataError: fewer than `k` items are left for some history.
+        """
+        items = np.zeros((len(histories), k), dtype=np.int32)
+        values = np.zeros((len(histories), k), dtype=np.float32)
+        for start, block in self._blocks(histories):
+            scores = self.scores(block)
+            for row, history in zip(scores, block, strict=True):
+                own = history[:0] if self.repeats else np.unique(history)
+                if len(row) - len(own) < k:
+                    raise DataError(
+                        f"only {len(row) - len(own)} items are left to recommend, {k} are asked for: "
+                        "lower retrieval.candidates"
+                    )
+                row[own] = -np.inf
+            items[start : start + len(block)], values[start : start + len(block)] = best(scores, k)
+        return items, values
+
+    def negatives(self, histories: Sequence[np.ndarray], targets: np.ndarray, count: int, seed: int) -> np.ndarray:
+        """int32 (B, count): items outside history and target, each once; half from the best candidates, half uniform.
+
+        The hard half is drawn from the 4 * count best, so that one list of look-alikes does not stand for all.
+
+        Raises:
+            DataError: the catalogue is too small.
+        """
+        generator = np.random.default_rng(seed)
+        hard = (count + 1) // 2
+        negatives = np.zeros((len(histories), count), dtype=np.int32)
+        for start, block in self._blocks(histories):
+            for at, (row, history) in enumerate(zip(self.scores(block), block, strict=True), start=start):
+                free = np.ones(len(row), dtype=bool)
+                free[history] = False
+                free[targets[at]] = False
+                open_items = np.flatnonzero(free)
+                if len(open_items) < count:
+                    raise DataError(
+                        f"only {len(open_items)} items can be negatives, {count} are asked for: "
+                        "lower training.negatives"
+                    )
+                best = open_items[np.argsort(-row[open_items], kind="stable")[: 4 * count]]
+                chosen = generator.permutation(best)[:hard]
+                free[chosen] = False
+                rest = generator.choice(np.flatnonzero(free), count - len(chosen), replace=False)
+                negatives[at] = np.concatenate([chosen, rest])
+        return negatives
+
+    def nearest_events(self, history: np.ndarray, item: int) -> tuple[int | None, int | None]:
+        """The history item that occurs most with `item`, and the one closest to it in content; None where none does."""
+        if len(history) == 0:
+            return None, None
+        company, strength = self.cooccurrence.company(item)
+        known = dict(zip(company.tolist(), strength.tolist(), strict=True))
+        newest_first = history[::-1].tolist()
+        together = max(newest_first, key=lambda i: known.get(i, 0.0))
+        cosine = self.likeness.vectors[newest_first] @ self.likeness.vectors[item]
+        kin = int(cosine.argmax())
+        return (
+            together if known.get(together, 0.0) > 0 else None,
+            newest_first[kin] if cosine[kin] >= NEAR else None,
+        )
+
+
+def _deviation(values: np.ndarray, count: int) -> float:
+    """Standard deviation of a row of `count` numbers that is 0 but for `values`."""
+    total, squares = float(values.sum(dtype=np.float64)), float(np.square(values, dtype=np.float64).sum())
+    return float(np.sqrt(max(squares / count - (total / count) ** 2, 0.0)))
