@@ -23,7 +23,7 @@ from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.mllm.remote import RemoteMllm
 from mllm_srec.mllm.text_encoder import TextEncoder
 from mllm_srec.progress import say
-from mllm_srec.recommender import ADAPTER, CHOICES, RUN, Choices, attach_adapter, encoder_file
+from mllm_srec.recommender import ADAPTER, CHOICES, RUN, Choices, attach_adapter, encoder_file, index_folder
 from mllm_srec.records import TrainingRecord, training_record
 from mllm_srec.retrieval import sequence
 from mllm_srec.user_states import UserState, disliked_events, low_rating
@@ -253,7 +253,10 @@ class Pipeline:
                 label = f"retrieve: {part}"
                 encoder = sequence.fit(self.histories, seen, self.embeddings, mix.epochs, self.config.seed, label)
                 sequence.write(encoder, file, mark, mix.epochs)
-        return retrieval.Retriever.fit(self.histories, seen, self.likeness, mix, encoder, self.config.retrieval.repeats)
+        fitted = retrieval.Retriever.fit(
+            self.histories, seen, self.likeness, mix, encoder, self.config.retrieval.repeats
+        )
+        return fitted.indexed(index_folder(self.workspace.root))
 
     def _slices(self, places: dict[str, protocol.Places], test: Targets) -> dict[str, Any]:
         """For whom the reranked lists are better than retrieval's, and for which items."""

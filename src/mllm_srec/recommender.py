@@ -66,6 +66,11 @@ def encoder_file(folder: Path, part: str) -> Path:
     return folder / ENCODERS / f"{part}.safetensors"
 
 
+def index_folder(root: Path) -> Path:
+    """Where a workspace keeps the indices of a large catalogue; no part of a run, built again where missing."""
+    return root / "index"
+
+
 def load_encoder(folder: Path, mix: Mix, vectors: np.ndarray) -> SequenceEncoder | None:
     """The encoder that lists are made with: the test's, which has seen all but the newest events; None if the mix has
     none. What a user did after that is read, though it was not learnt from.
@@ -159,7 +164,7 @@ class Recommender:
             self.choices.retrieval,
             load_encoder(folder, self.choices.retrieval, vectors),
             self.config.retrieval.repeats,
-        )
+        ).indexed(index_folder(workspace.root))
         self.mllm = mllm or load_mllm(self.config.model)
         if mllm is None:
             attach_adapter(self.mllm, folder, self.config)

@@ -10,11 +10,13 @@ part is one inner product per item, and an index over it serves large catalogues
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
 from mllm_srec.data.dataset import Histories, Queries
 from mllm_srec.errors import DataError
+from mllm_srec.retrieval.index import EXACT, ItemIndex
 from mllm_srec.retrieval.sequence import SequenceEncoder
 from mllm_srec.retrieval.signals import CoOccurrence, Likeness, Trend, best, rows_at_once
 
@@ -22,6 +24,8 @@ NEAR = 0.3
 """Cosine from which a history item may be named as close in content."""
 
 
+STATIC = 2
+"""Dimensions of the dense part that no history changes: trend and order."""
 ORDER = 1e-4
 """Of a deviation: what the most popular item gets, so that popularity orders what nothing else does."""
 
@@ -49,6 +53,8 @@ class Retriever:
     encoder: SequenceEncoder | None
     mix: Mix
     repeats: bool = False
+    index: ItemIndex | None = None
+    """Over the dense part of the score, where the catalogue is too large to be scored whole."""
 
     @classmethod
     def fit(
@@ -72,6 +78,17 @@ class Retriever:
     def mixed(self, mix: Mix) -> "Retriever":
         """The same signals with other weights."""
         return replace(self, mix=mix)
+
+    def indexed(self, folder: Path) -> "Retriever":
+        """The same over indices in `folder` if the catalogue has more than 100,000 items; `scores` stays exact.
+
+        An item that neither the encoder puts among the best nor a history names cannot be among the best of the mix, so
+        what the indices miss is all that is lost.
+        """
+        if len(self.popularity) <= EXACT:
+            return self
+        likeness = Likeness(self.likeness.vectors, ItemIndex(folder, self.likeness.vectors))
+        return replace(self, likeness=likeness, index=ItemIndex(folder, self._dense_items))
 
     @property
     def popularity(self) -> np.ndarray:
@@ -160,17 +177,56 @@ class Retriever:
         items = np.zeros((len(histories), k), dtype=np.int32)
         values = np.zeros((len(histories), k), dtype=np.float32)
         for start, block in self._blocks(histories):
-            scores = self.scores(block)
-            for row, history in zip(scores, block, strict=True):
-                own = history[:0] if self.repeats else np.unique(history)
-                if len(row) - len(own) < k:
+            for history in block:
+                left = len(self.popularity) - len(self._barred(history))
+                if left < k:
                     raise DataError(
-                        f"only {len(row) - len(own)} items are left to recommend, {k} are asked for: "
-                        "lower retrieval.candidates"
+                        f"only {left} items are left to recommend, {k} are asked for: lower retrieval.candidates"
                     )
-                row[own] = -np.inf
-            items[start : start + len(block)], values[start : start + len(block)] = best(scores, k)
+            found = self._found(block, k) if self.index else self._best(block, k)
+            items[start : start + len(block)], values[start : start + len(block)] = found
         return items, values
+
+    def _barred(self, history: np.ndarray) -> np.ndarray:
+        return history[:0] if self.repeats else np.unique(history)
+
+    def _best(self, block: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
+        scores = self.scores(block)
+        for row, history in zip(scores, block, strict=True):
+            row[self._barred(history)] = -np.inf
+        return best(scores, k)
+
+    def _found(self, block: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `_best`, of what the index finds and what histories name."""
+        assert self.index is not None
+        items = np.zeros((len(block), k), dtype=np.int32)
+        values = np.zeros((len(block), k), dtype=np.float32)
+        dense, moments = self._dense_queries(block), self.trend.at(block.now, len(block))
+        for at, history in enumerate(block):
+            barred, named = self._barred(history), list(self.named(history))
+            found = self.index.search(dense[at], k + len(barred))
+            pool = np.setdiff1d(np.concatenate([found, *(of for of, _ in named)]), barred)
+            scores = self._trend[moments[at], pool] + self._order[pool]
+            scores += self._dense_items[pool, :-STATIC] @ dense[at, :-STATIC]
+            for of, gains in named:
+                open_items = ~np.isin(of, barred)
+                scores[np.searchsorted(pool, of[open_items])] += gains[open_items]
+            place, values[at] = (of[0] for of in best(scores[None], k))
+            items[at] = pool[place]
+        return items, values
+
+    def _dense_queries(self, queries: Queries) -> np.ndarray:
+        """float32 (B, W + 2): inner products with `_dense_items` are the score but for what histories name."""
+        encoder = self.encoder is not None and self.mix.sequence
+        encoded = self.encoded(queries) if encoder else np.zeros((len(queries), 0), dtype=np.float32)
+        return np.concatenate([encoded, np.ones((len(queries), STATIC), dtype=np.float32)], axis=1)
+
+    @cached_property
+    def _dense_items(self) -> np.ndarray:
+        """float32 (I, W + 2): the encoder's side, the newest trend, and popularity's order."""
+        encoder = self.encoder is not None and self.mix.sequence
+        items = self._items if encoder else np.zeros((len(self.popularity), 0), dtype=np.float32)
+        return np.concatenate([items, self._trend[-1][:, None], self._order[:, None]], axis=1)
 
     def negatives(self, histories: Sequence[np.ndarray], targets: np.ndarray, count: int, seed: int) -> np.ndarray:
         """int32 (B, count): items outside history and target, each once; half from the best candidates, half uniform.

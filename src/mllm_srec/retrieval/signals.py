@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mllm_srec.data.dataset import Histories
+from mllm_srec.retrieval.index import ItemIndex
 
 LAST = 5
 """Newest history items whose company counts."""
@@ -98,11 +99,15 @@ class CoOccurrence:
 
 
 class Likeness:
-    """The 200 likest items of each item by content, itself among them; found when an item is first asked about."""
+    """The 200 likest items of each item by content, itself among them; found when an item is first asked about.
 
-    def __init__(self, vectors: np.ndarray) -> None:
+    Exactly, or from an `index` over the vectors where the catalogue is large.
+    """
+
+    def __init__(self, vectors: np.ndarray, index: ItemIndex | None = None) -> None:
         """`vectors` float32 (I, D), L2-normalised."""
         self.vectors = vectors
+        self.index = index
         count = len(vectors)
         self.kept = min(NEIGHBOURS, count)
         self._found = np.zeros(count, dtype=bool)
@@ -114,11 +119,19 @@ class Likeness:
         below 0 as 0."""
         missing = np.unique(items[~self._found[items]])
         count = len(self.vectors)
-        step = rows_at_once(count)
+        step = 1 if self.index else rows_at_once(count)
         for start in range(0, len(missing), step):
             rows = missing[start : start + step]
-            near, cosine = best(self.vectors[rows] @ self.vectors.T, self.kept)
-            self._neighbour[rows], self._cosine[rows] = near, cosine.clip(0)
+            if self.index:
+                pool = np.sort(self.index.search(self.vectors[rows[0]], self.kept))
+                place, cosine = best(self.vectors[rows] @ self.vectors[pool].T, len(pool))
+                near = pool[place]
+            else:
+                near, cosine = best(self.vectors[rows] @ self.vectors.T, self.kept)
+            # Where an index finds fewer, the item itself fills up, with nothing to add.
+            self._neighbour[rows], self._cosine[rows] = rows[:, None], 0
+            self._neighbour[rows, : near.shape[1]] = near
+            self._cosine[rows, : near.shape[1]] = cosine.clip(0)
         self._found[missing] = True
         return self._neighbour[items], self._cosine[items]
 
