@@ -19,7 +19,7 @@ from mllm_srec.retrieval.signals import Likeness, rows_at_once
 CUTOFF = 10
 TARGETS, CELLS = 2000, 1 << 26
 """Validation targets looked at, at most, and their rows of the catalogue's width together."""
-PATIENCE = 4
+PATIENCE = 3
 """Looks at validation without a better one until the encoder's training ends."""
 SWEEPS = 4
 UNCHOSEN_EPOCHS = 30
@@ -73,7 +73,7 @@ def choose(
 ) -> Chosen:
     """By NDCG@10 on validation `targets` (at most 2,000), everything fitted on the events of mask `seen` before them.
 
-    The encoder ends after four looks without a better one and is the best it was; then weight after weight is moved to
+    The encoder ends after three looks without a better one and is the best it was; then weight after weight is moved to
     its best value until none moves. Without targets there is nothing to choose by: the weights nearest to 1, no trend,
     30 epochs.
     """

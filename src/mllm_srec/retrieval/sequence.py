@@ -5,6 +5,7 @@ Vasilev, RecSys 2023) and output embeddings tied to the input. An item is its id
 content vector; an item that no seen event holds has the projection alone, so it can be read and found at once.
 """
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -32,6 +33,9 @@ BLIND = 0.1
 UNNAMED = 0.1
 """Share of items per step that show their content alone, so that the projection can stand for an item that is new."""
 LEARNING_RATE, WEIGHT_DECAY = 2e-3, 0.01
+AVERAGE = 0.99
+"""The encoder is an exponential moving average of its weights by step, of fewer steps at first: as good as the best of
+many epochs, after fewer, and the same from one look to the next."""
 BATCH, LARGEST_BATCH = 64, 512
 """Windows per step: a 64th of them within these bounds."""
 FULL_SOFTMAX, NEGATIVES = 10_000, 2048
@@ -156,6 +160,8 @@ def fit(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = SequenceEncoder(vectors, popularity > 0)
+        averaged, steps = copy.deepcopy(encoder), 0
+        averaged.vectors = encoder.vectors  # never changes: one copy is enough
         loss_of = _Loss(encoder, popularity)
         optimiser = torch.optim.AdamW(encoder.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         with Bar(f"{label}: sequence encoder, epochs", epochs) as bar:
@@ -166,10 +172,18 @@ def fit(
                     optimiser.zero_grad()
                     torch.autograd.backward(loss)
                     optimiser.step()
+                    steps += 1
+                    _follow(averaged, encoder, min(AVERAGE, steps / (9 + steps)))
                 bar.advance(1)
-                if check and (epoch % CHECK_EVERY == 0 or epoch == epochs) and check(encoder, epoch):
+                if check and (epoch % CHECK_EVERY == 0 or epoch == epochs) and check(averaged, epoch):
                     break
-    return encoder.eval()
+    return averaged.eval()
+
+
+@torch.no_grad()
+def _follow(averaged: SequenceEncoder, encoder: SequenceEncoder, decay: float) -> None:
+    for mean, newest in zip(averaged.parameters(), encoder.parameters(), strict=True):
+        mean.lerp_(newest, 1 - decay)
 
 
 class _Loss:
