@@ -172,6 +172,26 @@ def batches(rows: Sequence[T], size: int) -> Iterator[Sequence[T]]:
         yield rows[start : start + size]
 
 
+# Content
+
+
+LAST_FIVE = np.array([0.2, 0.4, 0.6, 0.8, 1.0], dtype=np.float32)
+"""Weights of the last five items, oldest first."""
+
+
+def cubes_of_last_five(vectors: np.ndarray, histories: Sequence[np.ndarray]) -> np.ndarray:
+    """float32 (B, I): sum over each history's last five items of weight * cosine cubed, newer items weighing more.
+
+    vectors: float32 (I, D), L2-normalised. The reference for content, the same since the first figures.
+    """
+    scores = np.zeros((len(histories), len(vectors)), dtype=np.float32)
+    for row, history in zip(scores, histories, strict=True):
+        last = history[-len(LAST_FIVE) :]
+        if len(last):
+            row += LAST_FIVE[-len(last) :] @ (vectors[last] @ vectors.T) ** 3
+    return scores
+
+
 # Figures
 
 

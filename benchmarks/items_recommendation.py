@@ -4,11 +4,12 @@ seen agrees with what the texts say.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from common import SEED, Bench, difference, figure, show, shown
+from common import SEED, Bench, cubes_of_last_five, difference, figure, show, shown
 
 from mllm_srec.data.images import open_picture
 from mllm_srec.data.split import Targets, leave_last_out
@@ -21,7 +22,6 @@ from mllm_srec.mllm.rendering import MAX_SIDE
 from mllm_srec.mllm.text_encoder import TextEncoder
 from mllm_srec.mllm.visual_table import FEATURES
 from mllm_srec.prompts import items as prompts
-from mllm_srec.retrieval import Content
 from mllm_srec.workspace import Job, Table, Workspace, fingerprint
 
 METRICS = ("NDCG@10", "Recall@10")
@@ -172,7 +172,9 @@ def retrieval(workspace: Workspace, mllm: LocalMllm) -> dict[str, Any]:
     result: dict[str, Any] = {"items": len(histories.items)}
     for part, targets in (("validation", split.validation), ("test", split.test)):
         values = {
-            name: protocol.per_target(protocol.place_targets(histories, targets, Content(of).scores), (10,))
+            name: protocol.per_target(
+                protocol.place_targets(histories, targets, partial(cubes_of_last_five, of)), (10,)
+            )
             for name, of in vectors.items()
         }
         result[part] = {"targets": len(targets), **_compared(values, targets)}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from choosing import BLOCK, Scorer, Settings, System
+from common import cubes_of_last_five
 from exchange import Asked, Part
 
 from mllm_srec.config import load_config
@@ -20,8 +21,6 @@ from mllm_srec.store_files import fingerprint
 
 WEIGHTS = (0.0, 0.5, 1.0, 2.0)
 """Of content in the mix."""
-LAST_FIVE = np.array([0.2, 0.4, 0.6, 0.8, 1.0], dtype=np.float32)
-"""Weights of the last five items, oldest first."""
 SEED = 0
 
 
@@ -104,15 +103,6 @@ def cosine_of_last(vectors: np.ndarray, histories: Sequence[np.ndarray]) -> np.n
     last = np.array([history[-1] for history in histories], dtype=np.int64)
     closeness: np.ndarray = vectors[last] @ vectors.T
     return closeness
-
-
-def cubes_of_last_five(vectors: np.ndarray, histories: Sequence[np.ndarray]) -> np.ndarray:
-    """float32 (B, I): sum over each history's last five items of weight * cosine cubed, newer items weighing more."""
-    scores = np.zeros((len(histories), len(vectors)), dtype=np.float32)
-    for row, history in zip(scores, histories, strict=True):
-        last = history[-len(LAST_FIVE) :]
-        row += LAST_FIVE[-len(last) :] @ (vectors[last] @ vectors.T) ** 3
-    return scores
 
 
 def queries_of(asked: Asked, start: int, stop: int) -> Queries:
