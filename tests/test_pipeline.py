@@ -6,25 +6,21 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pytest
 
 from mllm_srec import catalogue, items, pipeline, users
-from mllm_srec.config import load_config
-from mllm_srec.data.readers import read
-from mllm_srec.errors import DataError, StoreError, UsageError
-from mllm_srec.evaluation import protocol
+from mllm_srec.errors import StoreError
 from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.pipeline import RERANKED, RETRIEVED, Pipeline
-from mllm_srec.ranking import PRIORS, SCORES
-from mllm_srec.recommender import Choices, Recommender
+from mllm_srec.recommender import Choices
 from mllm_srec.records import TrainingRecord
 from mllm_srec.workspace import Workspace, read_manifest
+from pipeline_helpers import LetterEncoder, changed, produced, watch_places
 
 SYSTEMS = [
     "popularity",
@@ -38,67 +34,9 @@ SYSTEMS = [
 ]
 
 
-class LetterEncoder:
-    """Counts of letters in place of a sentence encoder."""
-
-    identity = "letters"
-
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        counts = np.array([[text.lower().count(chr(97 + i)) + 0.1 for i in range(26)] for text in texts])
-        vectors: np.ndarray = (counts / np.linalg.norm(counts, axis=1, keepdims=True)).astype(np.float32)
-        return vectors
-
-
 @pytest.fixture
 def letters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "TextEncoder", LetterEncoder)
-
-
-def changed(folder: Path, *overrides: str) -> Workspace:
-    workspace = Workspace.open(folder)
-    workspace.save_config(load_config(folder / "config.yaml", overrides=overrides))
-    return workspace
-
-
-def produced(workspace: Workspace) -> dict[str, pl.DataFrame]:
-    tables = (items.ITEM_TEXTS, catalogue.EMBEDDINGS, users.WINDOWS, users.STATES, SCORES, PRIORS)
-    return {table.name: workspace.rows(table) for table in tables}
-
-
-def watch_places(monkeypatch: pytest.MonkeyPatch) -> dict[str, protocol.Places]:
-    """Fills with the places of every system when `evaluate` compares them."""
-    seen: dict[str, protocol.Places] = {}
-    compare = protocol.compare
-
-    def watch(systems: dict[str, protocol.Places], *rest: Any) -> Any:
-        seen.update(systems)
-        return compare(systems, *rest)
-
-    monkeypatch.setattr(protocol, "compare", watch)
-    return seen
-
-
-def table_data(folder: Path, events: dict[str, list[tuple[str, int]]], count: int = 16) -> Path:
-    """A shop without pictures: items i0, i1 ..., events (item, time in seconds) per user."""
-    folder.mkdir()
-    kinds = ("red hat", "blue shoe", "green bag")
-    rows = "".join(f"i{n},{kinds[n % 3]} number {n},{kinds[n % 3].split()[1]}s\n" for n in range(count))
-    (folder / "items.csv").write_text("item_id,title,category\n" + rows)
-    log = "".join(f"{user},{item},{1_700_000_000 + at}\n" for user, of in events.items() for item, at in of)
-    (folder / "interactions.csv").write_text("user_id,item_id,timestamp\n" + log)
-    return folder
-
-
-def make(tmp_path: Path, data: Path, settings: tuple[str, ...], *overrides: str) -> Workspace:
-    config = load_config(overrides=(*settings, "retrieval.candidates=5", *overrides))
-    return Workspace.create(tmp_path / "made", config, read(data).with_repeats(config.data.repeats))
-
-
-def walk(users_count: int = 6, length: int = 5) -> dict[str, list[tuple[str, int]]]:
-    """User n goes from item n upwards; all users' events interleave in time."""
-    return {
-        f"u{n}": [(f"i{(n + step) % 16}", 1000 * step + 10 * n) for step in range(length)] for n in range(users_count)
-    }
 
 
 # Running twice
@@ -237,7 +175,7 @@ def test_slices_of_every_cut_make_up_the_whole(finished: Path) -> None:
     result = json.loads((finished / "runs/main/metrics.json").read_text())
     told = result["slices"]
     assert (told.pop("system"), told.pop("metric")) == (SYSTEMS[-1], "NDCG@10")
-    assert list(told) == ["item", "item popularity", "history length", "picture of the item"]
+    assert list(told) == ["item", "item popularity", "history length", "picture of the item", "taste", "user"]
     whole = result["systems"][SYSTEMS[-1]]["NDCG@10"]
     for cut, of_cut in told.items():
         filled = [row for row in of_cut.values() if row["n"]]
@@ -246,6 +184,21 @@ def test_slices_of_every_cut_make_up_the_whole(finished: Path) -> None:
             total = sum(row["n"] * row[value] for row in filled) / result["conditions"]["targets"]
             assert total == pytest.approx(whole[value], abs=1e-9), cut
     assert told["picture of the item"]["missing"] == {"n": 0, "users": 0}  # every item of the shop is drawn
+
+
+def test_users_are_told_apart_by_what_their_states_say(finished: Path) -> None:
+    run = Pipeline(Workspace.open(finished))
+    targets = run.chosen.test
+    changed_tastes, pictures = run._tastes(targets)
+    states = users.load_states(run.workspace, run.catalogue)
+    stored = [
+        (at, (run.histories.users[u], int(e))) for at, (u, e) in enumerate(zip(targets.user, targets.end, strict=True))
+    ]
+    known = [(at, states[key]) for at, key in stored if key in states]
+    assert known and len(changed_tastes) == len(pictures) == len(targets)
+    for at, state in known:  # what a model wrote has no part in either
+        assert changed_tastes[at] == bool(state.movement.rises or state.movement.fades)
+        assert pictures[at] == (state.by_origin[0] > state.by_origin[1])
 
 
 def by_hand(data: Path, embeddings: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
@@ -424,110 +377,3 @@ def test_negatives_and_lists_come_from_what_their_targets_may_know(
     assert len(encoded) == 3
     for seen, part in zip(encoded, of_parts, strict=True):
         np.testing.assert_array_equal(seen, part)
-
-
-# Other settings
-
-
-def test_without_training_rows_the_model_ranks_as_it_was_loaded(copied: Path) -> None:
-    before = json.loads((copied / "runs/main/metrics.json").read_text())
-    workspace = changed(copied, "training.rows=0")
-    untrained = Pipeline(workspace)
-    result = untrained.run()
-    assert not untrained.mllm.has_adapter  # though the folder still holds one
-    assert (before["training_rows"], result["training_rows"]) == (6, 0)
-    assert result["systems"]["retrieval"] == before["systems"]["retrieval"]
-    assert read_manifest(copied / "runs/main")["model"] == untrained.mllm.identity
-    assert not Recommender(workspace).mllm.has_adapter
-
-
-def test_a_global_time_split_tests_on_the_newest_events(
-    tmp_path: Path, settings: tuple[str, ...], letters: None
-) -> None:
-    data = table_data(tmp_path / "data", walk(8, 10))
-    run = Pipeline(make(tmp_path, data, settings, "data.protocol=global_time", "training.rows=4"))
-    result = run.run()
-    assert result["conditions"]["protocol"] == "global_time"
-    assert result["training_rows"] == 4
-    # 80 events at 80 times; the newest 8 are one per user: event 9 of each.
-    assert result["conditions"]["targets"] == 8
-    assert run.chosen.test.position.tolist() == [9] * 8
-    time = run.histories.time
-    assert time is not None
-    first = time[run.histories.offsets[run.chosen.test.user] + 9].min()
-    assert not run.split.seen_test[time >= first].any()
-    assert run.split.seen_test[time < first].all()
-
-
-def test_a_strict_history_holds_nothing_tied_with_its_target(
-    tmp_path: Path, settings: tuple[str, ...], letters: None
-) -> None:
-    events = walk(6, 6)
-    events["u0"][-2:] = [("i9", 7000), ("i10", 7000)]  # validation and test at the same time
-    data = table_data(tmp_path / "data", events)
-    run = Pipeline(make(tmp_path, data, settings, "data.tie_rule=strict", "training.rows=0"))
-    result = run.run()
-    assert result["conditions"]["tie_rule"] == "strict"
-    assert run.chosen.test.position.tolist() == [5] * 6
-    assert run.chosen.test.end.tolist() == [4, 5, 5, 5, 5, 5]
-    states = users.load_states(run.workspace, run.catalogue)
-    assert ("u0", 5) not in states
-
-    run.workspace.save_config(load_config(run.workspace.root / "config.yaml", overrides=("data.tie_rule=file_order",)))
-    assert Pipeline(run.workspace).chosen.test.end.tolist() == [5] * 6
-
-
-def test_rules_that_need_times_refuse_a_log_without(tmp_path: Path, settings: tuple[str, ...], letters: None) -> None:
-    data = table_data(tmp_path / "data", walk())
-    log = (data / "interactions.csv").read_text().splitlines()
-    (data / "interactions.csv").write_text("\n".join(line.rsplit(",", 1)[0] for line in log))
-    workspace = make(tmp_path, data, settings, "training.rows=3")
-    for override in ("data.tie_rule=strict", "data.protocol=global_time"):
-        with pytest.raises(UsageError, match=r"the log has no times, so .*: use data\."):
-            Pipeline(changed_in_memory(workspace, override))
-    assert Pipeline(workspace).run()["conditions"]["targets"] == 6
-
-
-def changed_in_memory(workspace: Workspace, override: str) -> Workspace:
-    other = Workspace.open(workspace.root)
-    other.config = load_config(workspace.root / "config.yaml", overrides=(override,))
-    return other
-
-
-def test_a_log_without_long_enough_users_is_refused(tmp_path: Path, settings: tuple[str, ...]) -> None:
-    workspace = make(tmp_path, table_data(tmp_path / "data", walk(6, 2)), settings)
-    with pytest.raises(DataError, match=r"no user has the 3 events that a test target needs: .*lower data.min_history"):
-        Pipeline(workspace)
-
-
-def test_short_users_give_no_target_but_count(tmp_path: Path, settings: tuple[str, ...], letters: None) -> None:
-    events = walk(6, 5) | {"short": [("i1", 50), ("i2", 60)]}
-    run = Pipeline(make(tmp_path, table_data(tmp_path / "data", events), settings, "training.rows=0"))
-    result = run.run()
-    assert (result["conditions"]["targets"], result["conditions"]["users_too_short"]) == (6, 1)
-    assert run.split.seen_test[run.histories.span(run.histories.users.index("short"))].all()
-
-
-def test_pictures_that_cannot_be_used_are_no_hindrance(
-    tmp_path: Path, settings: tuple[str, ...], letters: None
-) -> None:
-    data = table_data(tmp_path / "data", walk())
-    (data / "images").mkdir()
-    (data / "images/i0.png").write_bytes(b"not a picture")
-    (data / "images/i1.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 40)
-    (data / "images/i2.jpg").symlink_to("/etc/hostname")
-    workspace = make(tmp_path, data, settings, "training.rows=0")
-    run = Pipeline(workspace)
-    run.run()
-    texts = {row["key"]: row for row in workspace.rows(items.ITEM_TEXTS).iter_rows(named=True)}
-    assert [texts[f"i{n}"]["picture"] for n in range(4)] == ["not_a_picture", "truncated", "outside", "none"]
-    assert {row["status"] for row in texts.values()} == {"ok"}
-    assert {row["visual"] for row in texts.values()} == {""}
-
-
-def test_every_produced_row_is_fine(finished: Path) -> None:
-    workspace = Workspace.open(finished)
-    for name, frame in produced(workspace).items():
-        assert frame.height > 0, name
-        assert set(frame["status"]) == {"ok"}, name
-    assert workspace.rows(items.ITEM_TEXTS)["key"].to_list() == sorted(workspace.dataset().items["item_id"])

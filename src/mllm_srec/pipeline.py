@@ -26,7 +26,7 @@ from mllm_srec.progress import say
 from mllm_srec.recommender import ADAPTER, CHOICES, RUN, Choices, attach_adapter, encoder_file, index_folder
 from mllm_srec.records import TrainingRecord, training_record
 from mllm_srec.retrieval import sequence
-from mllm_srec.user_states import UserState, disliked_events, low_rating
+from mllm_srec.user_states import History, UserState, build_state, disliked_events, low_rating
 from mllm_srec.workspace import Workspace, atomic_write, fingerprint, write_manifest
 
 RERANKED = "MLLM-SRec"
@@ -263,17 +263,32 @@ class Pipeline:
         metric, evaluation = f"NDCG@{SLICED_AT}", self.config.evaluation
         shown = set(self.workspace.pictures().filter(pl.col("sha256").is_not_null())["item_id"])
         missing = np.array([item not in shown for item in self.histories.items])
+        changed, pictures = self._tastes(test)
         cuts = (
             slices.cold_items(self.histories, self.split.seen_test, test),
             slices.item_popularity(self.histories, self.split.seen_test, test),
             slices.history_length(test),
             slices.target_picture(self.histories, test, missing),
+            slices.changed_taste(changed),
+            slices.minded(pictures),
         )
         ours, theirs = (protocol.per_target(places[name], (SLICED_AT,))[metric] for name in (RERANKED, RETRIEVED))
         return {"system": RERANKED, "metric": metric} | {
             labels.cut: slices.by_slice(ours, labels, test.user, evaluation.bootstrap, self.config.seed, theirs)
             for labels in cuts
         }
+
+    def _tastes(self, targets: Targets) -> tuple[np.ndarray, np.ndarray]:
+        """bool (T,), whether the preference that a target sees claims a change, and bool (T,), whether more of the
+        user's choices meet the profile's tastes by what pictures alone tell than by texts alone: counts, no model."""
+        low, changed, pictures = low_rating(self.histories), [], []
+        for user, end in zip(targets.user.tolist(), targets.end.tolist(), strict=True):
+            history = History.of(self.histories, user, low)
+            state = build_state(history, end, "", self.catalogue, self.config.users)
+            changed.append(bool(state.movement.rises or state.movement.fades))
+            by_picture, by_text, _ = state.by_origin
+            pictures.append(by_picture > by_text)
+        return np.array(changed, dtype=bool), np.array(pictures, dtype=bool)
 
     def _place(self, scorer: protocol.Scorer) -> protocol.Places:
         return protocol.place_targets(self.histories, self.chosen.test, scorer, self.config.retrieval.repeats)
