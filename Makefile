@@ -7,7 +7,7 @@ DEMO ?= build/demo
 DATA ?=
 WS ?= build/real/$(notdir $(patsubst %/,%,$(DATA)))
 
-.PHONY: setup demo test check real bench bench-items bench-users bench-scoring bench-training peers train-embedded clean
+.PHONY: setup demo test check browser real bench bench-items bench-users bench-scoring bench-training bench-metrics peers train-embedded clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -26,13 +26,17 @@ demo: setup
 	$(BIN)/mllm-srec run $(DEMO)/ws
 
 test: check
-	$(BIN)/pytest --cov --cov-report=term --cov-fail-under=85
+	$(BIN)/pytest -rs --cov --cov-report=term --cov-fail-under=85
 
 check: setup
 	$(BIN)/ruff check src tests benchmarks tools
 	$(BIN)/ruff format --check src tests benchmarks tools
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Pages in Chromium, which is not installed by `setup` (Debian: apt-get install chromium); skipped, and said so, without one.
+browser: setup
+	$(BIN)/pytest -m browser -rs
 
 # A folder of raw data through every stage: make real DATA=path/to/folder. Interrupted, the same command goes on.
 real: setup
@@ -63,6 +67,10 @@ bench-training: setup
 peers: setup $(PEERS)/.ready
 	@test -n "$(DATA)" || { echo 'give the data: make peers DATA=path/to/folder' >&2; exit 2; }
 	$(BIN)/python benchmarks/peers/run.py --data $(DATA)
+
+# Our metrics against RecTools' and ranx's of the same lists: seconds, and that they are the same (three minutes).
+bench-metrics: setup $(PEERS)/.ready
+	$(BIN)/python benchmarks/metrics_speed.py
 
 $(PEERS)/.ready: benchmarks/peers/requirements.txt
 	$(PYTHON) -m venv $(PEERS)

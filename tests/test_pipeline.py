@@ -78,9 +78,15 @@ def test_a_changed_key_of_users_remakes_states_and_no_items(copied: Path) -> Non
     after = produced(workspace)
     for name in ("item_texts", "item_embeddings", "scores", "item_priors"):
         assert after[name].equals(before[name]), name
-    old, new = before["user_states"], after["user_states"]
-    assert old["key"].equals(new["key"])
-    assert not set(old["fingerprint"]) & set(new["fingerprint"])
+    assert before["user_states"]["key"].equals(after["user_states"]["key"])
+    # States that only the report tells of are made again when it is.
+    targets = made.chosen.training
+    training = {
+        users.state_key(made.histories.users[u], int(e)) for u, e in zip(targets.user, targets.end, strict=True)
+    }
+    remade = after["user_states"]["fingerprint"] != before["user_states"]["fingerprint"]
+    old, new = before["user_states"].filter(remade), after["user_states"].filter(remade)
+    assert training < set(new["key"])
     assert new["recent"].list.len().max() == 1 < old["recent"].list.len().max()
     assert old.drop("fingerprint", "recent").equals(new.drop("fingerprint", "recent"))
 
@@ -377,3 +383,16 @@ def test_negatives_and_lists_come_from_what_their_targets_may_know(
     assert len(encoded) == 3
     for seen, part in zip(encoded, of_parts, strict=True):
         np.testing.assert_array_equal(seen, part)
+
+
+def test_a_run_ends_with_a_report_and_a_model_card(finished: Path) -> None:
+    run = finished / "runs/main"
+    page, card = ((run / name).read_text() for name in ("report.html", "MODEL_CARD.md"))
+    measured = json.loads((run / "metrics.json").read_text())
+    gain = measured["systems"]["MLLM-SRec"]["NDCG@10"]
+    assert f"{gain['mean']:.3f}" in page and f"{gain['mean']:.3f}" in card
+    assert "leave-last-out" in page and "not kept" not in page
+    losses = json.loads((run / "adapter/losses.json").read_text())
+    assert [row["step"] for row in losses] == [1, 2, 3]  # six rows, two per step
+    assert all(row["loss"] > 0 for row in losses)
+    assert {"report.html", "MODEL_CARD.md", "encoders/test.safetensors"} <= set(read_manifest(run)["files"])

@@ -146,7 +146,7 @@ def test_the_adapter_is_saved_with_its_facts(
     base = mllm.identity
     before = mllm.score([RECORDS[0].request])[0]
     train(mllm, RECORDS, settings(), folder)
-    assert {path.name for path in folder.iterdir()} == {ADAPTER, "adapter_config.json", "manifest.json"}
+    assert {path.name for path in folder.iterdir()} == {ADAPTER, "adapter_config.json", "losses.json", "manifest.json"}
     facts = json.loads((folder / "manifest.json").read_text())
     assert facts["rows"] == 4 * len(RECORDS)
     assert 0 < facts["training_loss"] < 10

@@ -17,7 +17,7 @@ from mllm_srec.config import Config
 from mllm_srec.data.dataset import Dataset, Histories
 from mllm_srec.data.split import Split, Targets, global_time, leave_last_out
 from mllm_srec.errors import DataError, StoreError
-from mllm_srec.evaluation import protocol, slices
+from mllm_srec.evaluation import protocol, report, slices
 from mllm_srec.mllm.load import load_mllm, trainable
 from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.mllm.remote import RemoteMllm
@@ -215,6 +215,10 @@ class Pipeline:
             "slices": self._slices(places, test),
         }
         atomic_write(folder / "metrics.json", json.dumps(result, indent=2))
+        ranked = report.Ranked(test, listed.items, listed.scores, listed.held, fused, read["test"].odds, places)
+        report.write_report(
+            self.workspace, self.mllm, self.histories, self.split, self.catalogue, result, ranked, retriever
+        )
         write_manifest(folder, {"version": __version__, "model": self.mllm.identity})
         return result
 

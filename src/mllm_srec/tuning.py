@@ -30,6 +30,8 @@ from mllm_srec.workspace import atomic_write, fingerprint, read_manifest, write_
 
 ANSWER_WEIGHT = 0.1
 COT_WEIGHT = 0.1
+LOSSES = "losses.json"
+"""Mean loss of each optimiser step: [{"step": 1, "loss": 0.7}, ...]."""
 MARK = "fingerprint.txt"
 
 
@@ -160,6 +162,8 @@ def train(mllm: LocalMllm, records: Sequence[TrainingRecord], config: Config, fo
     peft_model.peft_config["default"].base_model_name_or_path = config.model.name
     peft_model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" would ask the hub about `name`
     (folder / "README.md").unlink(missing_ok=True)  # peft's form for a model card, empty
+    losses = [{"step": of["step"], "loss": of["loss"]} for of in trainer.state.log_history if "loss" in of]
+    atomic_write(folder / LOSSES, json.dumps(losses))
     write_manifest(
         folder, {"fingerprint": made_of_this, "model": model, "rows": rows, "training_loss": result.training_loss}
     )
@@ -199,7 +203,7 @@ def _arguments(config: Config, checkpoints: Path, on_cpu: bool) -> TrainingArgum
         save_strategy="steps",
         save_steps=settings.save_steps,
         save_total_limit=2,
-        logging_strategy="no",
+        logging_steps=1,
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,

@@ -2,12 +2,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_logs import all_of
 
 from mllm_srec.data.dataset import Histories, Queries
 from mllm_srec.errors import StoreError
 from mllm_srec.retrieval import Likeness, Mix, Retriever, index, retriever, sequence
 from mllm_srec.retrieval.index import ItemIndex
+from small_logs import all_of
 
 COUNT, WIDTH = 600, 9
 
