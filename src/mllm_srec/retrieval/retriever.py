@@ -98,9 +98,10 @@ class Retriever:
     def scores(self, histories: Sequence[np.ndarray]) -> np.ndarray:
         """float32 (B, I); plain histories are read without times, as of the end of the log."""
         of = Queries.of(histories)
-        scores = self._static(of)
-        if self.encoder is not None and self.mix.sequence:
-            scores += self.encoded(of) @ self._items.T
+        scores: np.ndarray = self._dense_queries(of) @ self._dense_items.T
+        moments = self.trend.at(of.now, len(of))
+        earlier = np.flatnonzero(moments < len(self._trend) - 1)
+        scores[earlier] += self._trend[moments[earlier]] - self._trend[-1]
         if self.mix.content:
             self.likeness.prepare(of)
         for row, history in zip(scores, of, strict=True):
@@ -132,11 +133,6 @@ class Retriever:
                 deviation = _deviation(values, len(self.popularity))
                 if deviation > 0:
                     yield items, np.float32(weight / deviation) * values
-
-    def _static(self, queries: Queries) -> np.ndarray:
-        """float32 (B, I): what does not depend on the history; popularity orders what nothing else does."""
-        rows: np.ndarray = self._trend[self.trend.at(queries.now, len(queries))] + self._order
-        return rows
 
     @cached_property
     def _items(self) -> np.ndarray:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from mllm_srec.data.dataset import Histories
 from mllm_srec.retrieval.index import ItemIndex
@@ -89,7 +90,8 @@ class CoOccurrence:
 
         The root keeps one strong pair from drowning all the rest of the mix.
         """
-        items, strengths = _summed([self.company(int(item)) for item in history[-LAST:]])
+        parts = [self.company(int(item)) for item in history[-LAST:]]
+        items, strengths = _summed(parts, len(self.popularity))
         return items, np.sqrt(strengths)
 
     def company(self, item: int) -> tuple[np.ndarray, np.ndarray]:
@@ -110,14 +112,13 @@ class Likeness:
         self.index = index
         count = len(vectors)
         self.kept = min(NEIGHBOURS, count)
-        self._found = np.zeros(count, dtype=bool)
+        self._sizes = np.zeros(count, dtype=np.int64)
         self._neighbour = np.empty((count, self.kept), dtype=np.int32)
         self._cosine = np.empty((count, self.kept), dtype=np.float32)
 
-    def neighbours(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of items (N,): the likest, int32 (N, n), likest first, ties by position, and cosines, float32 (N, n), those
-        below 0 as 0."""
-        missing = np.unique(items[~self._found[items]])
+    def neighbours(self, items: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each item: the likest, int32 (n,), likest first, ties by position, and cosines >= 0, float32 (n,)."""
+        missing = np.unique(items[self._sizes[items] == 0])
         count = len(self.vectors)
         step = 1 if self.index else rows_at_once(count)
         for start in range(0, len(missing), step):
@@ -128,19 +129,24 @@ class Likeness:
                 near = pool[place]
             else:
                 near, cosine = best(self.vectors[rows] @ self.vectors.T, self.kept)
-            # Where an index finds fewer, the item itself fills up, with nothing to add.
-            self._neighbour[rows], self._cosine[rows] = rows[:, None], 0
-            self._neighbour[rows, : near.shape[1]] = near
-            self._cosine[rows, : near.shape[1]] = cosine.clip(0)
-        self._found[missing] = True
-        return self._neighbour[items], self._cosine[items]
+            size = near.shape[1]  # an index may find fewer than it is asked for
+            self._neighbour[rows, :size], self._cosine[rows, :size] = near, cosine.clip(0)
+            self._sizes[rows] = size
+        sizes = self._sizes[items].tolist()
+        return [
+            (self._neighbour[item, :size], self._cosine[item, :size])
+            for item, size in zip(items.tolist(), sizes, strict=True)
+        ]
 
     def named(self, history: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Items like the last ten of a history, each once, and sum of .8^age * cosine^5 over them."""
         last = history[-LIKE_LAST:]
         fade = FADE ** np.arange(len(last) - 1, -1, -1, dtype=np.float32)
-        near, cosine = self.neighbours(last)
-        return _summed(list(zip(near, fade[:, None] * cosine**SHARPNESS, strict=True)))
+        parts = [
+            (near, weight * cosine**SHARPNESS)
+            for weight, (near, cosine) in zip(fade, self.neighbours(last), strict=True)
+        ]
+        return _summed(parts, len(self.vectors))
 
     def scores(self, histories: Sequence[np.ndarray]) -> np.ndarray:
         """float32 (B, I): what `named` says, 0 elsewhere."""
@@ -202,12 +208,8 @@ class Trend:
 
 def best(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions, int32 (B, k), and values of each row's largest, best first; among equals the first position."""
-    count = scores.shape[1]
-    if k < count:
-        # All that reach the k-th value, so that ties at the border are settled by position.
-        border = np.partition(scores, count - k, axis=1)[:, count - k]
-    else:
-        border = np.full(len(scores), -np.inf, dtype=scores.dtype)
+    # All that reach the k-th value, so that ties at the border are settled by position.
+    border = torch.from_numpy(scores).topk(k, sorted=False).values.amin(1).numpy()
     items = np.zeros((len(scores), k), dtype=np.int32)
     for at, (row, least) in enumerate(zip(scores, border, strict=True)):
         reached = np.flatnonzero(row >= least)
@@ -215,10 +217,21 @@ def best(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     return items, np.take_along_axis(scores, items, 1)
 
 
-def _summed(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Items of all parts, each once and ascending, with the float32 sums of their values."""
+def _summed(parts: Sequence[tuple[np.ndarray, np.ndarray]], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Items of all parts, each once in any order, and the float32 sums of their values.
+
+    A part names no item twice; `count` is the size of the catalogue.
+    """
     if not parts:
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
-    items, place = np.unique(np.concatenate([items for items, _ in parts]), return_inverse=True)
-    sums = np.bincount(place, weights=np.concatenate([values for _, values in parts]), minlength=len(items))
-    return items.astype(np.int64), sums.astype(np.float32)
+    items = np.concatenate([items for items, _ in parts])
+    # Sorting would cost more than all the rest: of what stands twice the last place is kept.
+    place = np.empty(count, dtype=np.int64)
+    order = np.arange(len(items))
+    place[items] = order
+    items = items[place[items] == order]
+    sums = np.empty(count, dtype=np.float32)
+    sums[items] = 0
+    for part, values in parts:
+        sums[part] += values
+    return items.astype(np.int64), sums[items]
