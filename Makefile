@@ -7,7 +7,7 @@ DEMO ?= build/demo
 DATA ?=
 WS ?= build/real/$(notdir $(patsubst %/,%,$(DATA)))
 
-.PHONY: setup demo test check browser real bench bench-items bench-users bench-scoring bench-training bench-metrics peers train-embedded clean
+.PHONY: setup demo test check browser real bench bench-items bench-users bench-scoring bench-training bench-metrics bench-retrieval peers train-embedded clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -71,6 +71,10 @@ peers: setup $(PEERS)/.ready
 # Our metrics against RecTools' and ranx's of the same lists: seconds, and that they are the same (three minutes).
 bench-metrics: setup $(PEERS)/.ready
 	$(BIN)/python benchmarks/metrics_speed.py
+
+# Retrieval at scale, on generated logs: 100,000 users of 50,000 items, then queries of an index of 1,000,000 items.
+bench-retrieval: setup
+	$(BIN)/python benchmarks/retrieval_scale.py
 
 $(PEERS)/.ready: benchmarks/peers/requirements.txt
 	$(PYTHON) -m venv $(PEERS)

@@ -3,8 +3,7 @@
     python benchmarks/retrieval_scale.py [--section lists,index] [--users N --items N --indexed N] [--json]
 
 Each section runs in a process of its own, so that the peak memory is the section's. Seconds are of one run on the wall.
-Threads are those of the environment (OMP_NUM_THREADS); with the defaults `lists` takes about ten minutes on 2 cores,
-`index` about half an hour. Other sizes give a quick look and no result.
+Threads are those of the environment (OMP_NUM_THREADS). Other sizes give a quick look and no result.
 
 A user likes three groups of 100 items, whose vectors lie around one centre, and has 5 to 35 events in a year: four of
 five in those groups by Zipf's law, the others anywhere. So the weights are given, not chosen, and the encoder is fitted
