@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllm_srec.data.dataset import Dataset, no_rows_skipped
+from mllm_srec.data.dataset import Dataset, Queries, no_rows_skipped
 from mllm_srec.data.schema import INTERACTIONS, ITEMS, RowCheck
 from mllm_srec.errors import DataError, UsageError
 
@@ -162,3 +162,17 @@ def test_dropping_repeats_keeps_each_pair_once(rows: list[tuple[str, str, int | 
 
 def test_no_rows_skipped_has_the_columns_of_the_list() -> None:
     assert no_rows_skipped().columns == ["file", "line", "column", "reason"]
+
+
+def test_queries_are_histories_with_what_is_known_of_their_times() -> None:
+    histories = [np.array([1, 2]), np.array([], dtype=int), np.array([0])]
+    plain = Queries.of(histories)
+    assert [history.tolist() for history in plain] == [[1, 2], [], [0]]
+    assert (len(plain), plain.times, plain.now) == (3, None, None)
+    assert Queries.of(plain) is plain
+    timed = Queries(histories, [np.array([5, 9]), np.array([], dtype=int), np.array([7])], np.array([10, 11, 12]))
+    part = timed[1:]
+    assert isinstance(part, Queries) and len(part) == 2
+    assert part[1].tolist() == [0] and part.times is not None and part.now is not None
+    assert [times.tolist() for times in part.times] == [[], [7]] and part.now.tolist() == [11, 12]
+    assert plain[:2].times is None

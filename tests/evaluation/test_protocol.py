@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -55,6 +56,15 @@ ROW = np.array([5, 1, 3, 3, 9, 1], dtype=np.float32)
 def test_each_target_sees_the_events_before_its_end() -> None:
     assert [history.tolist() for history in histories_of(HISTORIES, TARGETS)] == VISIBLE
     assert target_items(HISTORIES, TARGETS).tolist() == [2, 4, 1, 1]
+    assert HISTORIES.time is None and histories_of(HISTORIES, TARGETS).times is None
+    timed = replace(HISTORIES, time=np.arange(len(HISTORIES.item), dtype=np.int64) * 10)
+    asked = histories_of(timed, TARGETS)
+    assert asked.times is not None and asked.now is not None
+    for times, history, now, user, position in zip(
+        asked.times, asked, asked.now, TARGETS.user, TARGETS.position, strict=True
+    ):
+        assert times.tolist() == (10 * (timed.offsets[user] + np.arange(len(history)))).tolist()
+        assert now == 10 * (timed.offsets[user] + position)
 
 
 @pytest.mark.parametrize("block", [1, 3, 256])
@@ -71,6 +81,8 @@ def test_targets_are_placed_among_the_items_not_seen(block: int, monkeypatch: py
     # Item 1 (score 1) without 0 and 3: 2 and 4 above, 5 tied; without 0 alone also 3 above.
     assert both(place_targets(HISTORIES, TARGETS, scorer)) == [(1, 1), (6, 0), (2, 1), (3, 1)]
     assert given_histories == VISIBLE
+    # Where repeats are allowed all six compete: 4 and 0 above 2, 3 tied with it; nothing above 4; four above 1, 5 tied.
+    assert both(place_targets(HISTORIES, TARGETS, scorer, repeats=True)) == [(2, 1), (0, 0), (4, 1), (4, 1)]
 
 
 def test_no_targets_have_no_places() -> None:

@@ -16,6 +16,7 @@ from mllm_srec.data.dataset import Dataset, Histories, Queries
 from mllm_srec.data.split import Split, Targets
 from mllm_srec.data.split import histories_of as histories_of
 from mllm_srec.data.split import target_items as target_items
+from mllm_srec.retrieval.signals import rows_at_once
 
 Scorer = Callable[[Queries], np.ndarray]
 """Queries -> float32 (B, I) scores of the whole catalogue."""
@@ -35,9 +36,10 @@ def place_targets(histories: Histories, targets: Targets, scorer: Scorer, repeat
     """Where `scorer` puts each target in the full catalogue, items of its own history masked unless `repeats`."""
     greater, ties = [], []
     seen, wanted = histories_of(histories, targets), target_items(histories, targets)
-    for start in range(0, len(seen), BLOCK):
-        block = seen[start : start + BLOCK]
-        above, equal = metrics.places(scorer(block), wanted[start : start + BLOCK], None if repeats else block)
+    step = min(BLOCK, rows_at_once(len(histories.items)))
+    for start in range(0, len(seen), step):
+        block = seen[start : start + step]
+        above, equal = metrics.places(scorer(block), wanted[start : start + step], None if repeats else block)
         greater.append(above)
         ties.append(equal)
     if not greater:
