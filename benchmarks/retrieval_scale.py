@@ -189,7 +189,8 @@ def index(users: int, items: int) -> dict[str, Any]:
 def searched(retriever: Retriever, dense: np.ndarray) -> np.ndarray:
     """The index's answer to one dense query, as `ItemIndex.search` gives it."""
     assert retriever.index is not None
-    return retriever.index.search(dense, K)
+    (found,) = retriever.index.search(dense[None], K)
+    return found
 
 
 def listed_for(retriever: Retriever, query: Queries) -> np.ndarray:

@@ -44,18 +44,26 @@ def test_an_index_finds_what_is_best_and_is_built_once(
     found = []
     for query in clustered(1, 20):
         exact = np.argsort(-(vectors @ query), kind="stable")[:10]
-        one = built.search(query, 10)
+        (one,) = built.search(query[None], 10)
         assert one.dtype == np.int64 and len(one) == 10
-        np.testing.assert_array_equal(one, again.search(query, 10))
+        np.testing.assert_array_equal(one, again.search(query[None], 10)[0])
         assert one[0] == exact[0]
         found.append(np.isin(one, exact).mean())
     assert np.mean(found) > 0.95
 
 
+def test_many_queries_are_answered_like_one_after_the_other(tmp_path: Path) -> None:
+    built, queries = ItemIndex(tmp_path, clustered(0)), clustered(1, 7)
+    together = built.search(queries, 5)
+    assert len(together) == 7 and built.search(queries[:0], 5) == []
+    for query, items in zip(queries, together, strict=True):
+        np.testing.assert_array_equal(items, built.search(query[None], 5)[0])
+
+
 def test_other_vectors_are_another_index(tmp_path: Path) -> None:
     one, other = (ItemIndex(tmp_path, clustered(seed)) for seed in (0, 1))
     query = clustered(2, 1)[0]
-    assert one.search(query, 5).tolist() != other.search(query, 5).tolist()
+    assert one.search(query[None], 5)[0].tolist() != other.search(query[None], 5)[0].tolist()
 
 
 def test_an_index_that_was_not_finished_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +75,7 @@ def test_an_index_that_was_not_finished_is_finished(tmp_path: Path, monkeypatch:
         with pytest.raises(KeyboardInterrupt):
             ItemIndex(tmp_path, clustered(0))
     query = clustered(1, 1)[0]
-    assert ItemIndex(tmp_path, clustered(0)).search(query, 1).item() == np.argmax(clustered(0) @ query)
+    assert ItemIndex(tmp_path, clustered(0)).search(query[None], 1)[0].item() == np.argmax(clustered(0) @ query)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

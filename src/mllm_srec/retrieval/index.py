@@ -15,7 +15,7 @@ EXACT = 100_000
 PER_PARTITION = 2000
 """Items per partition, about."""
 DIMENSIONS_PER_CODE = 2
-PROBES, REFINE = 40, 2
+PROBES, REFINE = 60, 4
 """Partitions looked into, and how many times as many items as asked for are compared by their full vectors."""
 
 
@@ -49,16 +49,24 @@ class ItemIndex:
                 )
                 self._table.create_index("vector", config=config)
 
-    def search(self, query: np.ndarray, k: int) -> np.ndarray:
-        """int64 (at most k,): item positions for `query` float32 (D,), best first."""
+    def search(self, queries: np.ndarray, k: int) -> list[np.ndarray]:
+        """Per query of `queries` float32 (B, D): item positions, int64 (at most k,), best first."""
+        if len(queries) == 0:
+            return []
+        padded = np.pad(queries.astype(np.float32), ((0, 0), (0, self._padding)))
         found = (
-            self._table.search(np.pad(query.astype(np.float32), (0, self._padding)), vector_column_name="vector")
+            self._table.search(list(padded) if len(padded) > 1 else padded[0], vector_column_name="vector")
             .distance_type("dot")
             .nprobes(PROBES)
             .refine_factor(REFINE)
             .limit(k)
-            .select(["item"])
+            .select(["item", "_distance"])  # without the distance LanceDB warns at every query
             .to_arrow()
         )
-        items: np.ndarray = found["item"].to_numpy().astype(np.int64)
-        return items
+        items = found["item"].to_numpy().astype(np.int64)
+        if len(padded) == 1:
+            return [items]
+        query, distance = found["query_index"].to_numpy(), found["_distance"].to_numpy()
+        order = np.lexsort((items, distance, query))
+        starts = np.searchsorted(query[order], np.arange(1, len(padded)))
+        return np.split(items[order], starts)

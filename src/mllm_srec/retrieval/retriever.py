@@ -174,6 +174,8 @@ class Retriever:
         values = np.zeros((len(histories), k), dtype=np.float32)
         for start, block in self._blocks(histories):
             for history in block:
+                if len(self.popularity) - len(history) >= k:
+                    continue
                 left = len(self.popularity) - len(self._barred(history))
                 if left < k:
                     raise DataError(
@@ -188,8 +190,9 @@ class Retriever:
 
     def _best(self, block: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
         scores = self.scores(block)
-        for row, history in zip(scores, block, strict=True):
-            row[self._barred(history)] = -np.inf
+        if not self.repeats:
+            for row, history in zip(scores, block, strict=True):
+                row[history] = -np.inf
         return best(scores, k)
 
     def _found(self, block: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -200,7 +203,7 @@ class Retriever:
         dense, moments = self._dense_queries(block), self.trend.at(block.now, len(block))
         for at, history in enumerate(block):
             barred, named = self._barred(history), list(self.named(history))
-            found = self.index.search(dense[at], k + len(barred))
+            (found,) = self.index.search(dense[at : at + 1], k + len(barred))
             pool = np.setdiff1d(np.concatenate([found, *(of for of, _ in named)]), barred)
             scores = self._trend[moments[at], pool] + self._order[pool]
             scores += self._dense_items[pool, :-STATIC] @ dense[at, :-STATIC]

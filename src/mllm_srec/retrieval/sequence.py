@@ -40,8 +40,8 @@ BATCH, LARGEST_BATCH = 64, 512
 """Windows per step: a 64th of them within these bounds."""
 FULL_SOFTMAX, NEGATIVES = 10_000, 2048
 """Known items up to which the loss covers all of them, and items drawn per step above."""
-ENCODED = 512
-"""Histories encoded together."""
+ENCODED = 64
+"""Histories encoded together: few, so that they are nearly of one length."""
 CHECK_EVERY = 5
 """Epochs between two looks at validation."""
 

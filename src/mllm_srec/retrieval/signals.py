@@ -118,25 +118,29 @@ class Likeness:
 
     def neighbours(self, items: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of each item: the likest, int32 (n,), likest first, ties by position, and cosines >= 0, float32 (n,)."""
-        missing = np.unique(items[self._sizes[items] == 0])
-        count = len(self.vectors)
-        step = 1 if self.index else rows_at_once(count)
-        for start in range(0, len(missing), step):
-            rows = missing[start : start + step]
-            if self.index:
-                pool = np.sort(self.index.search(self.vectors[rows[0]], self.kept))
-                place, cosine = best(self.vectors[rows] @ self.vectors[pool].T, len(pool))
-                near = pool[place]
-            else:
-                near, cosine = best(self.vectors[rows] @ self.vectors.T, self.kept)
-            size = near.shape[1]  # an index may find fewer than it is asked for
-            self._neighbour[rows, :size], self._cosine[rows, :size] = near, cosine.clip(0)
-            self._sizes[rows] = size
+        missing = items[self._sizes[items] == 0]
+        if len(missing):
+            self._find(np.unique(missing))
         sizes = self._sizes[items].tolist()
         return [
             (self._neighbour[item, :size], self._cosine[item, :size])
             for item, size in zip(items.tolist(), sizes, strict=True)
         ]
+
+    def _find(self, items: np.ndarray) -> None:
+        step = rows_at_once(len(self.vectors))
+        for start in range(0, len(items), step):
+            rows = items[start : start + step]
+            if self.index is None:
+                near, cosine = best(self.vectors[rows] @ self.vectors.T, self.kept)
+                self._neighbour[rows], self._cosine[rows] = near, cosine.clip(0)
+                self._sizes[rows] = self.kept
+                continue
+            for row, pool in zip(rows, self.index.search(self.vectors[rows], self.kept), strict=True):
+                size, pool = len(pool), np.sort(pool)  # an index may find fewer than it is asked for
+                place, cosine = best((self.vectors[pool] @ self.vectors[row])[None], size)
+                self._neighbour[row, :size], self._cosine[row, :size] = pool[place[0]], cosine[0].clip(0)
+                self._sizes[row] = size
 
     def named(self, history: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Items like the last ten of a history, each once, and sum of .8^age * cosine^5 over them."""
