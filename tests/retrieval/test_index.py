@@ -112,3 +112,17 @@ def test_lists_from_the_index_are_those_of_the_whole_catalogue(
         assert len(set(row.tolist())) == 10
         assert repeats or not set(row.tolist()) & set(history.tolist())
     np.testing.assert_allclose(indexed.scores(asked[:3]), exact.scores(asked[:3]), atol=0.2)
+
+
+def test_a_list_longer_than_the_index_finds_is_that_of_the_whole_catalogue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "PER_PARTITION", 100)
+    monkeypatch.setattr(index, "PROBES", 1)
+    monkeypatch.setattr(retriever, "EXACT", COUNT - 1)
+    histories = shop()
+    exact = Retriever.fit(histories, all_of(histories), Likeness(clustered(0)), Mix(0.0, 0.0, 1.0, 0))
+    indexed = exact.indexed(tmp_path)
+    asked = [histories.of(0), histories.of(1)]
+    items, _ = indexed.candidates(asked, COUNT - 12)
+    np.testing.assert_array_equal(items, exact.candidates(asked, COUNT - 12)[0])

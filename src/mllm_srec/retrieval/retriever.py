@@ -22,8 +22,6 @@ from mllm_srec.retrieval.signals import CoOccurrence, Likeness, Trend, best, row
 
 NEAR = 0.3
 """Cosine from which a history item may be named as close in content."""
-
-
 STATIC = 2
 """Dimensions of the dense part that no history changes: trend and order."""
 ORDER = 1e-4
@@ -80,7 +78,7 @@ class Retriever:
         return replace(self, mix=mix)
 
     def indexed(self, folder: Path) -> "Retriever":
-        """The same over indices in `folder` if the catalogue has more than 100,000 items; `scores` stays exact.
+        """The same over indices in `folder` if the catalogue has more than 100,000 items; `scores` still scores all.
 
         An item that neither the encoder puts among the best nor a history names cannot be among the best of the mix, so
         what the indices miss is all that is lost.
@@ -205,6 +203,9 @@ class Retriever:
             barred, named = self._barred(history), list(self.named(history))
             (found,) = self.index.search(dense[at : at + 1], k + len(barred))
             pool = np.setdiff1d(np.concatenate([found, *(of for of, _ in named)]), barred)
+            if len(pool) < k:  # more than the partitions hold that are looked into
+                items[at : at + 1], values[at : at + 1] = self._best(block[at : at + 1], k)
+                continue
             scores = self._trend[moments[at], pool] + self._order[pool]
             scores += self._dense_items[pool, :-STATIC] @ dense[at, :-STATIC]
             for of, gains in named:
@@ -249,8 +250,8 @@ class Retriever:
                         f"only {len(open_items)} items can be negatives, {count} are asked for: "
                         "lower training.negatives"
                     )
-                best = open_items[np.argsort(-row[open_items], kind="stable")[: 4 * count]]
-                chosen = generator.permutation(best)[:hard]
+                likely = open_items[np.argsort(-row[open_items], kind="stable")[: 4 * count]]
+                chosen = generator.permutation(likely)[:hard]
                 free[chosen] = False
                 rest = generator.choice(np.flatnonzero(free), count - len(chosen), replace=False)
                 negatives[at] = np.concatenate([chosen, rest])
