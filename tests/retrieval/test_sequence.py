@@ -101,6 +101,20 @@ def test_a_circle_is_learnt_and_one_seed_gives_one_encoder() -> None:
     assert not np.array_equal(again.items(), other.items())
 
 
+def test_a_look_on_the_way_changes_nothing_and_may_end_the_training() -> None:
+    histories = log("abcd", "bcde", "cdef", times=True)
+    looks: list[int] = []
+
+    def look(encoder: SequenceEncoder, epoch: int) -> bool:
+        looks.append(epoch)
+        encoder.queries([places("ab")])
+        return epoch == 10
+
+    watched = sequence.fit(histories, all_of(histories), VECTORS, 40, 0, check=look)
+    assert looks == [5, 10]
+    np.testing.assert_array_equal(watched.items(), sequence.fit(histories, all_of(histories), VECTORS, 10, 0).items())
+
+
 def test_what_must_not_be_seen_leaves_no_trace() -> None:
     histories = log("abcd", "bcde", times=True)
     seen = np.array([True, True, True, False] * 2)
