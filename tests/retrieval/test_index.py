@@ -95,8 +95,9 @@ def test_lists_from_the_index_are_those_of_the_whole_catalogue(
     exact = Retriever.fit(histories, all_of(histories), Likeness(vectors), mix, encoder, repeats)
     assert exact.indexed(tmp_path) is exact, "a small catalogue is scored whole"
     monkeypatch.setattr(retriever, "EXACT", COUNT - 1)
+    monkeypatch.setattr(retriever, "STRONG", 50)
     indexed = exact.indexed(tmp_path)
-    assert indexed.index is not None
+    assert indexed.likeness.index is not None and (indexed.index is not None) == bool(mix.sequence)
     assert histories.time is not None
     asked = Queries(
         [histories.of(user) for user in range(20)] + [np.zeros(0, dtype=np.int32)],
@@ -120,6 +121,7 @@ def test_a_list_longer_than_the_index_finds_is_that_of_the_whole_catalogue(
     monkeypatch.setattr(index, "PER_PARTITION", 100)
     monkeypatch.setattr(index, "PROBES", 1)
     monkeypatch.setattr(retriever, "EXACT", COUNT - 1)
+    monkeypatch.setattr(retriever, "STRONG", 50)
     histories = shop()
     exact = Retriever.fit(histories, all_of(histories), Likeness(clustered(0)), Mix(0.0, 0.0, 1.0, 0))
     indexed = exact.indexed(tmp_path)

@@ -15,7 +15,7 @@ EXACT = 100_000
 PER_PARTITION = 2000
 """Items per partition, about."""
 DIMENSIONS_PER_CODE = 2
-PROBES, REFINE = 60, 4
+PROBES, REFINE = 50, 3
 """Partitions looked into, and how many times as many items as asked for are compared by their full vectors."""
 
 

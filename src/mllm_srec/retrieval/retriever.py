@@ -24,6 +24,8 @@ NEAR = 0.3
 """Cosine from which a history item may be named as close in content."""
 STATIC = 2
 """Dimensions of the dense part that no history changes: trend and order."""
+STRONG = 5000
+"""Items by trend, and as many by bias, that are looked at beside what an index finds."""
 ORDER = 1e-4
 """Of a deviation: what the most popular item gets, so that popularity orders what nothing else does."""
 
@@ -86,7 +88,8 @@ class Retriever:
         if len(self.popularity) <= EXACT:
             return self
         likeness = Likeness(self.likeness.vectors, ItemIndex(folder, self.likeness.vectors))
-        return replace(self, likeness=likeness, index=ItemIndex(folder, self._dense_items))
+        encoder = self.encoder is not None and self.mix.sequence
+        return replace(self, likeness=likeness, index=ItemIndex(folder, self._items) if encoder else None)
 
     @property
     def popularity(self) -> np.ndarray:
@@ -179,7 +182,7 @@ class Retriever:
                     raise DataError(
                         f"only {left} items are left to recommend, {k} are asked for: lower retrieval.candidates"
                     )
-            found = self._found(block, k) if self.index else self._best(block, k)
+            found = self._found(block, k) if self.likeness.index else self._best(block, k)
             items[start : start + len(block)], values[start : start + len(block)] = found
         return items, values
 
@@ -194,14 +197,13 @@ class Retriever:
         return best(scores, k)
 
     def _found(self, block: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `_best`, of what the index finds and what histories name."""
-        assert self.index is not None
+        """As `_best`, of what the index finds, what is strong for everybody, and what histories name."""
         items = np.zeros((len(block), k), dtype=np.int32)
         values = np.zeros((len(block), k), dtype=np.float32)
         dense, moments = self._dense_queries(block), self.trend.at(block.now, len(block))
         for at, history in enumerate(block):
             barred, named = self._barred(history), list(self.named(history))
-            (found,) = self.index.search(dense[at : at + 1], k + len(barred))
+            found = self.dense_best(dense[at], k + len(barred))
             pool = np.setdiff1d(np.concatenate([found, *(of for of, _ in named)]), barred)
             if len(pool) < k:  # more than the partitions hold that are looked into
                 items[at : at + 1], values[at : at + 1] = self._best(block[at : at + 1], k)
@@ -214,6 +216,32 @@ class Retriever:
             place, values[at] = (of[0] for of in best(scores[None], k))
             items[at] = pool[place]
         return items, values
+
+    def dense_best(self, query: np.ndarray, count: int) -> np.ndarray:
+        """int64 (at most `count`,): items with the largest inner product of `_dense_items` and `query` (W + 2,), nearly
+        always: of those that the index finds by the encoder's part and those that are strong for everybody."""
+        strong = (self._always_items @ query)[None]
+        kept = self._always[best(strong, min(count, strong.shape[1]))[0][0]]
+        found = [] if self.index is None else self.index.search(query[None, :-STATIC], count)
+        pool = np.unique(np.concatenate([kept, *found]))
+        items: np.ndarray = pool[np.argsort(-(self._dense_items[pool] @ query), kind="stable")[:count]]
+        return items
+
+    @cached_property
+    def _always(self) -> np.ndarray:
+        """int64 (N,), ascending: the items with the largest trend, and those with the largest bias of the encoder. An
+        index of directions misses what is strong by one number alone."""
+        strong = [self._dense_items[:, -STATIC:].sum(1)]
+        if self.index is not None:
+            strong.append(self._items[:, -1])
+        kept = min(STRONG, len(self.popularity))
+        positions: np.ndarray = np.unique(np.concatenate([best(values[None], kept)[0][0] for values in strong]))
+        return positions
+
+    @cached_property
+    def _always_items(self) -> np.ndarray:
+        items: np.ndarray = self._dense_items[self._always]
+        return items
 
     def _dense_queries(self, queries: Queries) -> np.ndarray:
         """float32 (B, W + 2): inner products with `_dense_items` are the score but for what histories name."""
