@@ -145,6 +145,15 @@ def test_choosing_retrieval_again_keeps_the_fusion(copied: Path, monkeypatch: py
     assert Pipeline(workspace).retrieve() == mix, "what was chosen by the same things is not chosen again"
 
 
+def test_damaged_choices_are_made_again(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = Choices.read(copied / "runs/main")
+    (copied / "runs/main/choices.json").write_text('{"content_weight": 1}')
+    assert Pipeline(Workspace.open(copied)).retrieve() == before.retrieval
+    assert "choices.json is damaged" in capsys.readouterr().err
+    after = Choices.read(copied / "runs/main")
+    assert (after.made_of, after.retriever_epochs) == (before.made_of, before.retriever_epochs)
+
+
 # Figures
 
 

@@ -112,7 +112,7 @@ class Pipeline:
         mark = sequence.made_of(self.histories, self.split.seen_validation, self.embeddings, self.config.seed)
         asked = (of.tobytes() for of in (targets.user, targets.position, targets.end))
         made_of = fingerprint(mark, *asked, config.model_dump_json(exclude={"candidates"}))
-        before = Choices.read(folder) if (folder / CHOICES).exists() else None
+        before = self._chosen_before()
         if before and before.made_of == made_of:
             return before.retrieval
         chosen = retrieval.choose(
@@ -123,6 +123,17 @@ class Pipeline:
         fusion = before.fusion if before else ranking.Fusion(1.0, 0.0, 0.0, False)
         atomic_write(folder / CHOICES, Choices(chosen.mix, made_of, chosen.curve, fusion).dump())
         return chosen.mix
+
+    def _chosen_before(self) -> Choices | None:
+        """The run's choices; None without any, or if they are damaged: they are then made again."""
+        folder = self.workspace.run(RUN)
+        if not (folder / CHOICES).exists():
+            return None
+        try:
+            return Choices.read(folder)
+        except StoreError as error:
+            say(f"retrieve: {error}")
+            return None
 
     def comprehend(self) -> None:
         """Stage 2: the states of the training targets, and of the targets whose candidates hold them."""

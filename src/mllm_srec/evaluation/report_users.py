@@ -192,7 +192,8 @@ def examples(
     for target, order, state, why in zip(chosen, orders, states, reasons, strict=True):
         user, end = int(ranked.targets.user[target]), int(ranked.targets.end[target])
         item = int(wanted[target])
-        outcome, told = _became(ranked, target, item, systems, histories.of(user, end), bool(seen_before[item]))
+        barred = not workspace.config.retrieval.repeats and item in histories.of(user, end)
+        outcome, told = _became(ranked, target, item, systems, barred, bool(seen_before[item]))
         bounds = window_bounds(end, gallery.times(user), workspace.config.users)
         shown.append(
             Example(
@@ -381,7 +382,7 @@ def _place_in_list(ranked: Ranked, target: int, wanted: int) -> int | None:
 
 
 def _became(
-    ranked: Ranked, target: int, wanted: int, systems: tuple[str, str], history: np.ndarray, seen_before: bool
+    ranked: Ranked, target: int, wanted: int, systems: tuple[str, str], barred: bool, seen_before: bool
 ) -> tuple[str, str]:
     """What became of a target, in a word and in a sentence."""
     ours, retrieval = systems
@@ -398,7 +399,7 @@ def _became(
             f"The next item is among the {candidates} candidates ({retrieval} alone: {at}), but {ours} has it at place "
             f"{place}, behind the first {LISTED}.",
         )
-    if wanted in history:
+    if barred:
         why = "it was in the history, and what was chosen before is not recommended again"
     elif not seen_before:
         why = f"{retrieval} has it at {at}; no event that it may have seen holds this item (a cold item)"

@@ -4,7 +4,7 @@
 
 with each signal's standard deviation over the catalogue for this user. Deviations are known without the catalogue's
 row: of the sparse signals from what they name, of the encoder's inner product from the items' covariance. So the dense
-part is one inner product per item, and an index over it serves large catalogues (`index.py`).
+part is one inner product per item, and an index over the encoder's side of it serves large catalogues (`index.py`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -54,7 +54,7 @@ class Retriever:
     mix: Mix
     repeats: bool = False
     index: ItemIndex | None = None
-    """Over the dense part of the score, where the catalogue is too large to be scored whole."""
+    """Over the encoder's item vectors, where the catalogue is too large to be scored whole."""
 
     @classmethod
     def fit(
@@ -82,8 +82,9 @@ class Retriever:
     def indexed(self, folder: Path) -> "Retriever":
         """The same over indices in `folder` if the catalogue has more than 100,000 items; `scores` still scores all.
 
-        An item that neither the encoder puts among the best nor a history names cannot be among the best of the mix, so
-        what the indices miss is all that is lost.
+        Candidates then are the best of what the index finds, of the strongest by trend and by bias, and of what the
+        history names. An item that no history names is among the best only by its dense part, so what `dense_best`
+        and the index of the likest miss is all that is lost.
         """
         if len(self.popularity) <= EXACT:
             return self
