@@ -134,7 +134,9 @@ def packed(
         mllm.prefixes.clear()
     prefix = torch.tensor([sample.prefix])
     encoded = EncodedRequest(
-        {"input_ids": prefix, "attention_mask": torch.ones_like(prefix)}, sample.candidates, sample.question
+        {"input_ids": prefix, "attention_mask": torch.ones_like(prefix)},
+        sample.candidates,
+        [sample.question for _ in sample.candidates],
     )
     question = text_piece(sample.question)
     segments = [[text_piece(candidate), question] for candidate in sample.candidates]

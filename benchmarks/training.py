@@ -142,7 +142,7 @@ def make_row(mllm: LocalMllm, layout: Layout) -> Row:
 def packed(mllm: LocalMllm, row: Row) -> torch.Tensor:
     """One row, by the product's own code."""
     encoded = EncodedRequest({"input_ids": torch.tensor([row.prefix])}, row.segments, [])
-    hidden, ends = read_segments(mllm, encoded, [[text_piece(segment)] for segment in row.segments])
+    _, hidden, ends = read_segments(mllm, encoded, [[text_piece(segment)] for segment in row.segments])
     return hidden[torch.tensor(ends, device=hidden.device) - 1]
 
 

@@ -33,16 +33,16 @@ def separate(mllm: LocalMllm, asked: Request) -> np.ndarray:
     length = encoded.prefix["input_ids"].shape[1]
     yes, no = mllm.renderer.label_ids
     rows = []
-    for candidate, tokens in zip(asked.candidates, encoded.candidates, strict=True):
+    for candidate, tokens, behind in zip(asked.candidates, encoded.candidates, encoded.behind, strict=True):
         if isinstance(candidate, str):
-            logits = alone(mllm, encoded, tokens + encoded.question)
+            logits = alone(mllm, encoded, tokens + behind)
         else:
             # One text with all pictures through the processor: nothing is put together from pieces.
             text, own = mllm.renderer.candidate(candidate)
             pictures = [part for part in asked.prefix.parts if isinstance(part, Picture)] + own
             whole = mllm.renderer.encode([head.rstrip(" ") + lead + text], [pictures], "right")
             assert whole["input_ids"][0].tolist() == encoded.prefix["input_ids"][0].tolist() + tokens
-            logits = ordinary(mllm, whole, encoded.question)
+            logits = ordinary(mllm, whole, behind)
         told = logits.log_softmax(-1)[length - 1 : length - 1 + len(tokens)]
         own_tokens = [at for at, token in enumerate(tokens) if token not in mllm.renderer.special_ids]
         likelihood = sum(float(told[at, tokens[at]]) for at in own_tokens) / len(own_tokens)

@@ -179,7 +179,7 @@ def test_the_longest_candidate_counts() -> None:
     mllm = tiny_mllm("llava")
     short, long = (Request(BLIND, words, "?") for words in (("a hat", "a"), ("a", "a hat with stripes", "a hat")))
     encoded = mllm.renderer.encode_request(short)
-    mllm.renderer.context = encoded.prefix["input_ids"].shape[1] + len(encoded.candidates[0]) + len(encoded.question)
+    mllm.renderer.context = encoded.prefix["input_ids"].shape[1] + len(encoded.candidates[0]) + len(encoded.behind[0])
     mllm.score([short])
     with pytest.raises(ModelError, match=rf"context is {mllm.renderer.context} tokens long"):
         mllm.score([short, long])

@@ -279,7 +279,7 @@ def test_what_a_question_is_about_is_read_before_it_in_tokens_of_its_own(kind: s
     spaces = head[len(head.rstrip(" ")) :]
     encoded = asking.encode_question(renderer, Question(asked, about=about), spaces, tail)
     request = renderer.encode_request(Request(prefix, (about,), asked))
-    assert encoded.segment == request.candidates[0] + request.question
+    assert encoded.segment == request.candidates[0] + request.behind[0]
     if encoded.segment == renderer.ids(spaces + about + asked + tail):
         assert answer.text == joined.text
 

@@ -60,6 +60,30 @@ def test_two_users_and_three_candidates_are_compared(monkeypatch: pytest.MonkeyP
     assert check_packing(mllm, [request(candidates=("hat",))]) == 0.0  # nothing to compare
 
 
+def test_notes_are_compared_with_their_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    mllm = tiny_mllm("llava")
+    notes = ("", "\nnear 1 of the last 2.", "\nmeets red.", "\nagainst it wool.")
+    noted = [replace(asked, notes=notes) for asked in ASKED]
+    assert 0 < check_packing(mllm, noted) < 1e-4
+    close(separate_scores(mllm, noted[0]), separate(mllm, noted[0]))
+    few = guard._few(replace(request(candidates=("hat", "hat", "wool")), notes=("", "\nmeets red.", "\nnear.")))
+    # The same item with another note is another candidate.
+    pairs = {("hat", ""), ("hat", "\nmeets red."), ("wool", "\nnear.")}
+    assert set(zip(few.candidates, few.notes, strict=True)) == pairs
+    few = guard._few(noted[0])
+    assert len(few.candidates) == 3
+    assert set(zip(few.candidates, few.notes, strict=True)) < set(zip(CANDIDATES, notes, strict=True))
+    pieces_of = scoring.asked_pieces
+
+    def mixed_up(*given: Any) -> list[list[Piece]]:
+        segments = pieces_of(*given)
+        return [[own, behind] for (own, _), (_, behind) in zip(segments, segments[::-1], strict=True)]
+
+    monkeypatch.setattr(scoring, "asked_pieces", mixed_up)
+    with pytest.raises(ModelError, match="packed scores differ"):
+        check_packing(mllm, noted)
+
+
 def test_the_same_weights_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     mllm = tiny_mllm("llava")
     compared: list[str] = []

@@ -129,6 +129,23 @@ def test_nothing_asked_is_nothing_sent(server: OpenAiServer) -> None:
     assert server.requests == []
 
 
+def test_a_note_is_sent_between_its_candidate_and_the_question(server: OpenAiServer) -> None:
+    server.answer = lambda body: completion("Yes", YES_NO[:1], [YES_NO])
+    notes = ("\nShares red.", "", "\nnear <|im_end|>.")
+    request = Request(
+        Prompt(("User. Item: ",)), ("a shoe.", "a hat.", ("wool.", drawing())), "\nYes or No?", notes=notes
+    )
+    (scores,) = remote(server).score([request])
+    assert scores[:, 0].tolist() == [1.5] * 3
+    assert {said(body) for body in server.requests} == {
+        "User. Item: a shoe.\nShares red.\nYes or No?",
+        "User. Item: a hat.\nYes or No?",
+        "User. Item: wool.\nnear |im_end|>.\nYes or No?",
+    }
+    (seen,) = (body for body in server.requests if isinstance(body["messages"][-1]["content"], list))
+    assert [part["type"] for part in seen["messages"][-1]["content"]] == ["text", "image_url", "text"]
+
+
 def test_candidates_are_scored_one_by_one(server: OpenAiServer) -> None:
     def answer(body: Body) -> Outcome:
         top = [("Yes", -0.5), ("No", -1.0 - said(body).count("hat"))]

@@ -216,7 +216,7 @@ def test_a_request_is_cut_at_the_candidate() -> None:
     decode = shown.tokenizer.decode
     assert decode(encoded.prefix["input_ids"][0]).endswith("\nItem:")
     assert [decode(ids) for ids in encoded.candidates] == [" a shoe", " a hat"]
-    assert decode(encoded.question) == "\nYes or No?<|im_end|>\n<|im_start|>assistant\n"
+    assert decode(encoded.behind[0]) == "\nYes or No?<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -225,8 +225,55 @@ def test_a_request_reads_as_the_prompt_does(kind: str) -> None:
     request = Request(Prompt(("User likes red.\nItem: ",), system="Be short."), ("a red shoe",), "\nYes or No?")
     encoded = shown.encode_request(request)
     whole = Prompt(("User likes red.\nItem: a red shoe\nYes or No?",), system="Be short.")
-    ids = [*encoded.prefix["input_ids"][0].tolist(), *encoded.candidates[0], *encoded.question]
+    ids = [*encoded.prefix["input_ids"][0].tolist(), *encoded.candidates[0], *encoded.behind[0]]
     assert ids == shown.ids(shown.text(whole))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_note_stands_between_a_candidate_and_the_question(kind: str) -> None:
+    shown = renderer(kind)
+    items, notes = ("a red shoe", "a hat", "wool"), ("\nShares red.", "", "\nagainst it wool.")
+    request = Request(Prompt(("User likes red.\nItem: ",), system="Be short."), items, "\nYes or No?", notes=notes)
+    encoded = shown.encode_request(request)
+    prefix = encoded.prefix["input_ids"][0].tolist()
+    for item, note, own, behind in zip(items, notes, encoded.candidates, encoded.behind, strict=True):
+        whole = Prompt((f"User likes red.\nItem: {item}{note}\nYes or No?",), system="Be short.")
+        assert prefix + own + behind == shown.ids(shown.text(whole))
+    plain = shown.encode_request(Request(request.prefix, items, request.question))
+    assert plain.candidates == encoded.candidates
+    assert plain.behind == [encoded.behind[1]] * 3
+    assert (request.note(2), Request(request.prefix, items, request.question).note(2)) == (notes[2], "")
+
+
+def test_without_a_question_nothing_stands_behind_a_candidate() -> None:
+    assert renderer("llava").encode_request(Request(Prompt(("Item: ",)), ("a shoe", "a hat"))).behind == [[], []]
+    assert renderer("llava").encode_request(Request(Prompt(("Item: ",)), (), "?")).behind == []
+
+
+@pytest.mark.parametrize(("notes", "question"), [(("a",), "?"), (("a", "b", "c"), "?"), (("a", "b"), "")])
+def test_notes_that_do_not_match_their_candidates_are_refused(notes: tuple[str, ...], question: str) -> None:
+    with pytest.raises(ValueError, match=f"{len(notes)} notes for 2 candidates and their question"):
+        renderer("llava").encode_request(Request(Prompt(("Item: ",)), ("a shoe", "a hat"), question, notes=notes))
+
+
+def test_no_note_becomes_a_special_token() -> None:
+    shown = renderer("qwen2_5_vl")
+    request = Request(Prompt(("Item: ",)), ("a shoe",), "?", notes=("\nnear <|im_end|><|image_pad|>",))
+    behind = shown.tokenizer.decode(shown.encode_request(request).behind[0])
+    assert behind == "\nnear |im_end|>|image_pad|>?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_the_longest_candidate_with_its_note_must_fit() -> None:
+    shown = Renderer(tiny_model("llava")[1])
+    request = Request(Prompt(("Item: ",)), ("a shoe", "a"), "?", notes=("", "\nof which much more is told than that."))
+    encoded = shown.encode_request(request)
+    lengths = [len(own) + len(behind) for own, behind in zip(encoded.candidates, encoded.behind, strict=True)]
+    assert lengths[1] > lengths[0]
+    shown.context = encoded.prefix["input_ids"].shape[1] + lengths[1]
+    shown.encode_request(request)
+    shown.context -= 1
+    with pytest.raises(ModelError, match="the model's context is"):
+        shown.encode_request(request)
 
 
 @pytest.mark.parametrize("empty", ["", " \n", "\ue000"])

@@ -80,7 +80,7 @@ def test_packed_scores_are_those_of_separate_prompts(
 
 def test_the_rows_of_these_tests_differ() -> None:
     encoded = tiny("llava").renderer.encode_request(request())
-    lengths = [len(candidate) + len(encoded.question) for candidate in encoded.candidates]
+    lengths = [len(candidate) + len(encoded.behind[0]) for candidate in encoded.candidates]
     assert [len(chunks(sorted(lengths), limit)) for limit in (1, 45, 2048)] == [5, 3, 1]
 
 
@@ -173,7 +173,7 @@ def test_short_requests_share_rows_up_to_the_budget(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(scoring, "read_row", count)
     encoded = mllm.renderer.encode_request(asked[2])  # the longest
-    one = encoded.prefix["input_ids"].shape[1] + sum(len(ids + encoded.question) for ids in encoded.candidates)
+    one = encoded.prefix["input_ids"].shape[1] + sum(len(ids + encoded.behind[0]) for ids in encoded.candidates)
     expected = [separate(mllm, single) for single in asked]
     for tokens, shape in ((10_000, [4]), (2 * one, [2, 2]), (one, [1] * 4)):
         set_rows(monkeypatch, 10_000, tokens)
@@ -283,9 +283,10 @@ def test_sliding_windows_are_refused() -> None:
 
 def training_row(mllm: LocalMllm, asked: Request) -> tuple[torch.Tensor, list[int]]:
     encoded = mllm.renderer.encode_request(asked)
-    question = text_piece(encoded.question)
+    question = text_piece(encoded.behind[0])
     pieces = candidate_pieces(mllm, asked, encoded)
-    return read_segments(mllm, encoded, [[piece, question] for piece in pieces])
+    _, hidden, ends = read_segments(mllm, encoded, [[piece, question] for piece in pieces])
+    return hidden, ends
 
 
 @pytest.mark.parametrize("pictures", PICTURES)
@@ -294,7 +295,7 @@ def test_a_training_row_reads_what_scoring_reads(kind: str, pictures: str) -> No
     mllm = tiny(kind)
     asked = request(PICTURES[pictures])
     encoded = mllm.renderer.encode_request(asked)
-    segments = [candidate + encoded.question for candidate in encoded.candidates]
+    segments = [candidate + encoded.behind[0] for candidate in encoded.candidates]
     hidden, ends = training_row(mllm, asked)
     assert hidden.shape == (sum(map(len, segments)), SHAPE["hidden_size"])
     assert ends == np.cumsum([len(segment) for segment in segments]).tolist()
@@ -349,7 +350,7 @@ def test_a_rows_gradient_is_the_sum_over_its_examples(kind: str, pictures: str) 
     yes = mllm.renderer.label_ids[0]
     row = gradients(loss_of_row(mllm, asked), weights)
     single = [
-        gradients(-alone(mllm, encoded, candidate + encoded.question)[-1].log_softmax(-1)[yes], weights)
+        gradients(-alone(mllm, encoded, candidate + encoded.behind[0])[-1].log_softmax(-1)[yes], weights)
         for candidate in encoded.candidates
     ]
     assert len(weights) == 2 * 2 * 7
@@ -410,7 +411,7 @@ def test_a_kept_prefix_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     encoded = mllm.renderer.encode_request(asked)
     prefix = encoded.prefix["input_ids"].shape[1]
-    behind = sum(len(candidate + encoded.question) for candidate in encoded.candidates)
+    behind = sum(len(candidate + encoded.behind[0]) for candidate in encoded.candidates)
     first = mllm.score([asked])[0]
     assert tokens[-2:] == [prefix, behind]
     tokens.clear()

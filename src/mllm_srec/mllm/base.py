@@ -41,16 +41,23 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Request:
-    """Candidates that share a prefix: each is read as `prefix` + candidate + `question`, without seeing the others.
+    """Candidates that share a prefix: each is read as `prefix` + candidate + its note + `question`, without seeing the
+    others.
 
     Without a question only the candidates' likelihood is asked for; with `likelihood` false only the odds are, which
-    saves the head over the whole vocabulary at every token.
+    saves the head over the whole vocabulary at every token. `notes`, one per candidate or none at all, are read and not
+    foretold: no part of the likelihood.
     """
 
     prefix: Prompt
     candidates: tuple[Candidate, ...]
     question: str = ""
     likelihood: bool = True
+    notes: tuple[str, ...] = ()
+
+    def note(self, number: int) -> str:
+        """What is read between candidate `number` and the question."""
+        return self.notes[number] if self.notes else ""
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def separate_scores(mllm: "LocalMllm", request: Request) -> np.ndarray:
         lead = " " if head.endswith(" ") else ""
         # Pictures come with the whole text; tokens are those of the pieces, which may be cut where a text is not.
         inputs = renderer.encode([head.rstrip(" ") + lead + text], [pictures], "right")
-        ids = [*prefix, *tokens, *encoded.question]
+        ids = [*prefix, *tokens, *encoded.behind[number]]
         inputs["input_ids"] = torch.tensor([ids])
         inputs["attention_mask"] = torch.ones(1, len(ids), dtype=torch.long)
         if "mm_token_type_ids" in inputs:
@@ -102,7 +102,7 @@ def separate_scores(mllm: "LocalMllm", request: Request) -> np.ndarray:
                 [[token == mllm.model.config.image_token_id for token in ids]]
             ).int()
         hidden = mllm.read(**mllm.on_device(inputs), use_cache=False)[0]
-        if encoded.question:
+        if request.question:
             yes, no = mllm.label_logits(hidden[-1:])[0].tolist()
             scores[number, 0] = yes - no
         if request.likelihood:
@@ -115,9 +115,12 @@ def separate_scores(mllm: "LocalMllm", request: Request) -> np.ndarray:
 
 def _few(request: Request) -> Request:
     """The shortest, a middle and the longest candidate: their lengths differ where the request's do."""
-    by_length = sorted(dict.fromkeys(request.candidates), key=_text_length)
+    first = {(candidate, request.note(at)): at for at, candidate in reversed([*enumerate(request.candidates)])}
+    by_length = sorted(first.values(), key=lambda at: _text_length(request.candidates[at]))
     places = sorted({0, len(by_length) // 2, len(by_length) - 1} if by_length else ())
-    return replace(request, candidates=tuple(by_length[place] for place in places))
+    kept = [by_length[place] for place in places]
+    notes = tuple(request.notes[at] for at in kept) if request.notes else ()
+    return replace(request, candidates=tuple(request.candidates[at] for at in kept), notes=notes)
 
 
 def _text_length(candidate: Candidate) -> int:

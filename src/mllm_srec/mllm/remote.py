@@ -153,20 +153,20 @@ class RemoteMllm:
             raise _cannot("likelihoods of given texts", "set users.summary=generate")
         contents = self._contents([request.prefix for request in requests])
 
-        def odds(request: Request, content: Content | RequestError, candidate: Candidate) -> float:
+        def odds(request: Request, content: Content | RequestError, candidate: Candidate, note: str) -> float:
             if isinstance(content, RequestError):
                 raise content
             if isinstance(candidate, str):
-                behind = candidate + request.question
+                behind = candidate + note + request.question
             else:
                 content = _content(Prompt((*request.prefix.parts, *candidate)))
-                behind = request.question
+                behind = note + request.question
             return log_odds(self._chat(request.prefix.system, content, behind, 1, TOP))
 
         tasks = [
-            partial(odds, request, content, candidate)
+            partial(odds, request, content, candidate, request.note(number))
             for request, content in zip(requests, contents, strict=True)
-            for candidate in request.candidates
+            for number, candidate in enumerate(request.candidates)
         ]
         flat = iter(self._each(tasks))
         rows = [[next(flat) for _ in request.candidates] for request in requests]

@@ -26,14 +26,15 @@ LABELS = ("Yes", "No")
 
 @dataclass(frozen=True)
 class EncodedRequest:
-    """A request as tokens: the prefix's model inputs (batch of 1), the candidates' ids, and the question's.
+    """A request as tokens: the prefix's model inputs (batch of 1), the candidates' ids, and those of what stands behind
+    each of them: its note and the question.
 
     `looks` holds the model inputs (batch of 1) of the candidates that have pictures, by their number.
     """
 
     prefix: dict[str, torch.Tensor]
     candidates: list[list[int]]
-    question: list[int]
+    behind: list[list[int]]
     looks: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
 
 
@@ -146,9 +147,24 @@ class Renderer:
                 candidates.append(looks[number]["input_ids"][0].tolist())
             else:
                 candidates.append(self.ids(lead + text))
-        question = self.ids(self.neutral(request.question) + tail) if request.question else []
-        self.check_length(prefix["input_ids"].shape[1] + max(map(len, candidates), default=0) + len(question))
-        return EncodedRequest(prefix, candidates, question, looks)
+        behind = self.behind(request, tail)
+        longest = max((len(own) + len(more) for own, more in zip(candidates, behind, strict=True)), default=0)
+        self.check_length(prefix["input_ids"].shape[1] + longest)
+        return EncodedRequest(prefix, candidates, behind, looks)
+
+    def behind(self, request: Request, tail: str) -> list[list[int]]:
+        """Per candidate the tokens of its note, the question and the template's `tail`; none without a question.
+
+        Raises:
+            ValueError: there are notes, but not one per candidate, or no question that they could stand before.
+        """
+        if request.notes and (len(request.notes) != len(request.candidates) or not request.question):
+            raise ValueError(f"{len(request.notes)} notes for {len(request.candidates)} candidates and their question")
+        if not request.question:
+            return [[] for _ in request.candidates]
+        question = self.ids(self.neutral(request.question) + tail)
+        notes = [request.note(number) for number in range(len(request.candidates))]
+        return [[*(self.ids(self.neutral(note)) if note else []), *question] for note in notes]
 
     def candidate(self, candidate: Candidate) -> tuple[str, list[Picture]]:
         """A candidate's text with a place for each of its pictures, and the pictures."""

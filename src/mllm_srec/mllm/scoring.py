@@ -97,10 +97,12 @@ class Asked:
 
     encoded: EncodedRequest
     segments: list[list[Piece]]
-    """Per candidate its piece and the question's."""
+    """Per candidate its piece, and that of its note and the question."""
     key: str
     """Of the prefix, for keeping it."""
     likelihood: bool
+    asks: bool = True
+    """Whether there is a question."""
     order: list[int] = field(init=False)
     """Candidates from the shortest to the longest, as they stand in rows."""
     scores: np.ndarray = field(init=False)
@@ -166,8 +168,9 @@ def score_asked(mllm: "LocalMllm", asked: Sequence[Asked], short: int | None = N
 
 def read_segments(
     mllm: "LocalMllm", encoded: EncodedRequest, segments: Sequence[Sequence[Piece]]
-) -> tuple[torch.Tensor, list[int]]:
-    """A training row: hidden states (S, D) of all segments behind the prefix, with gradients, and where each one ends.
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """A training row, with gradients: the prefix's last hidden state (1, D), the hidden states (S, D) of all segments
+    behind it, and where each segment ends.
 
     One pass without a cache. A segment is a run of pieces.
 
@@ -179,7 +182,21 @@ def read_segments(
     mllm.renderer.check_length(len(prefix) + max(lengths))
     row = PackedRow((Block(len(prefix), True, tuple(lengths)),), (None,))
     hidden = read_row(mllm, row, [(0, [prefix]), *((prefix.following, pieces) for pieces in segments)])
-    return hidden[len(prefix) :], np.cumsum(lengths).tolist()
+    return hidden[len(prefix) - 1 : len(prefix)], hidden[len(prefix) :], np.cumsum(lengths).tolist()
+
+
+def own_words(
+    mllm: "LocalMllm", tokens: Sequence[int], last: torch.Tensor, segment: torch.Tensor
+) -> tuple[torch.Tensor, list[int]]:
+    """The words of a candidate, and the hidden states that foretell them, one each.
+
+    Its first token is foretold by the prefix's `last` hidden state (1, D), each further one by its predecessor in
+    `segment` (S, D). What a picture stands for is not foretold.
+    """
+    own = [at for at, token in enumerate(tokens) if token not in mllm.renderer.special_ids]
+    before = torch.cat([last, segment[: len(tokens) - 1]])
+    states = before if len(own) == len(tokens) else before[torch.tensor(own, device=before.device)]
+    return states, [tokens[at] for at in own]
 
 
 def candidate_pieces(mllm: "LocalMllm", request: Request, encoded: EncodedRequest) -> list[Piece]:
@@ -199,6 +216,14 @@ def candidate_pieces(mllm: "LocalMllm", request: Request, encoded: EncodedReques
     return pieces
 
 
+def asked_pieces(mllm: "LocalMllm", request: Request, encoded: EncodedRequest) -> list[list[Piece]]:
+    """Each candidate of a request with what stands behind it."""
+    pieces = candidate_pieces(mllm, request, encoded)
+    return [
+        [piece, text_piece(behind)] if behind else [piece] for piece, behind in zip(pieces, encoded.behind, strict=True)
+    ]
+
+
 def row_tokens(mllm: "LocalMllm") -> int:
     """The token budget of a row."""
     return ROW_TOKENS.get(mllm.device.type, ROW_TOKENS["cpu"])
@@ -206,9 +231,8 @@ def row_tokens(mllm: "LocalMllm") -> int:
 
 def _asked(mllm: "LocalMllm", request: Request) -> Asked:
     encoded = mllm.renderer.encode_request(request)
-    question = [text_piece(encoded.question)] if encoded.question else []
-    segments = [[piece, *question] for piece in candidate_pieces(mllm, request, encoded)]
-    return Asked(encoded, segments, _prefix_key(mllm, request.prefix), request.likelihood)
+    segments = asked_pieces(mllm, request, encoded)
+    return Asked(encoded, segments, _prefix_key(mllm, request.prefix), request.likelihood, bool(request.question))
 
 
 def _prefix_key(mllm: "LocalMllm", prefix: Prompt) -> str:
@@ -252,23 +276,19 @@ def _score_short(mllm: "LocalMllm", sharing: Sequence[Asked]) -> None:
 def _fill(mllm: "LocalMllm", asked: Asked, members: Sequence[int], hidden: torch.Tensor, last: torch.Tensor) -> None:
     """Readings of the candidates `members` from their segments' hidden states (S, D); `last` is the prefix's."""
     lengths = [asked.length(i) for i in members]
-    if asked.encoded.question:
+    if asked.asks:
         ends = torch.tensor(lengths, device=hidden.device).cumsum(0) - 1
         logits = mllm.label_logits(hidden[ends])
         asked.scores[members, 0] = (logits[:, 0] - logits[:, 1]).cpu().numpy()
     if not asked.likelihood:
         return
-    # A candidate's first token is foretold by the prefix's last hidden state, each further one by its predecessor.
-    # What a picture stands for is not foretold.
     states: list[torch.Tensor] = []
     wanted: list[int] = []
     counts: list[int] = []
     for segment, i in zip(torch.split(hidden, lengths), members, strict=True):
-        tokens = asked.encoded.candidates[i]
-        own = [at for at, token in enumerate(tokens) if token not in mllm.renderer.special_ids]
-        before = torch.cat([last, segment[: len(tokens) - 1]])
-        states.append(before if len(own) == len(tokens) else before[torch.tensor(own, device=hidden.device)])
-        wanted += [tokens[at] for at in own]
-        counts.append(len(own))
+        foretelling, words = own_words(mllm, asked.encoded.candidates[i], last, segment)
+        states.append(foretelling)
+        wanted += words
+        counts.append(len(words))
     likelihoods = mllm.token_logliks(torch.cat(states), torch.tensor(wanted, device=hidden.device))
     asked.scores[members, 1] = [float(part.mean()) for part in torch.split(likelihoods, counts)]
