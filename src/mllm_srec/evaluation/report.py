@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mllm_srec import metrics
+from mllm_srec.calibration import brier, equal_bins, expected_error, sigmoid
 from mllm_srec.catalogue import Catalogue
 from mllm_srec.data.dataset import Histories
 from mllm_srec.data.split import Split
@@ -30,7 +31,7 @@ from mllm_srec.recommender import ADAPTER, RUN
 from mllm_srec.tuning import LOSSES
 from mllm_srec.workspace import Workspace, atomic_write
 
-__all__ = ["Calibration", "Ranked", "calibrate", "funnel", "write_report"]
+__all__ = ["Ranked", "Reliability", "calibrate", "funnel", "write_report"]
 
 REPORT, CARD = "report.html", "MODEL_CARD.md"
 BINS = 10
@@ -70,9 +71,39 @@ ABOUT = {
 }
 """Conditions in the order of the report; those that are not named here follow as they are."""
 
+CHANGES = {
+    "pictures_missing": (
+        "What pictures showed left out of the items' texts",
+        "Below 0: the lists use what the pictures showed; 0: they hang on the texts alone.",
+    ),
+    "pictures_swapped": (
+        "What pictures showed exchanged between items",
+        "Below 0: it matters whose picture it is.",
+    ),
+    "history_shuffled": (
+        "History in random order",
+        "Below 0: the order of the choices is used; 0: only what was chosen counts, not when.",
+    ),
+    "preference_of_another": (
+        "Profile and preference of another person",
+        "Below 0: what is said of a person is used beyond the newest choices.",
+    ),
+}
+"""Honesty checks that change one thing: name, and how to read the difference that this makes."""
+
 
 @dataclass(frozen=True)
-class Calibration:
+class Checked:
+    """One row of the honesty checks, in words."""
+
+    check: str
+    figure: str
+    interval: str
+    reading: str
+
+
+@dataclass(frozen=True)
+class Reliability:
     """How far sigmoid(odds) is the chance of being the target, over all candidates of the lists that were read.
 
     ece: expected calibration error, the mean distance of predicted and observed over equal-count bins. brier: mean
@@ -88,7 +119,7 @@ class Calibration:
     base_brier: float
 
 
-def calibrate(odds: np.ndarray, is_target: np.ndarray, bins: int = BINS) -> Calibration | None:
+def calibrate(odds: np.ndarray, is_target: np.ndarray, bins: int = BINS) -> Reliability | None:
     """Bins of about equal count, from the lowest odds to the highest; fewer bins where there are fewer values.
 
     Args:
@@ -105,18 +136,14 @@ def calibrate(odds: np.ndarray, is_target: np.ndarray, bins: int = BINS) -> Cali
         raise ValueError(f"odds have shape {odds.shape}, is_target {is_target.shape}")
     if odds.size == 0:
         return None
-    stated = np.exp(-np.logaddexp(0.0, -odds.ravel().astype(np.float64)))
-    true = is_target.ravel().astype(np.float64)
-    parts = np.array_split(np.argsort(stated, kind="stable"), min(bins, stated.size))
-    made = tuple(Bin(len(part), float(stated[part].mean()), float(true[part].mean())) for part in parts)
-    rate = float(true.mean())
-    return Calibration(
-        bins=made,
+    stated, rate = sigmoid(odds), float(is_target.mean())
+    return Reliability(
+        bins=tuple(Bin(*of) for of in equal_bins(stated, is_target, bins)),
         count=stated.size,
         base_rate=rate,
         predicted=float(stated.mean()),
-        ece=sum(of.count * abs(of.predicted - of.observed) for of in made) / stated.size,
-        brier=float(((stated - true) ** 2).mean()),
+        ece=expected_error(stated, is_target, bins),
+        brier=brier(stated, is_target),
         base_brier=rate * (1 - rate),
     )
 
@@ -137,6 +164,48 @@ def funnel(ranked: Ranked, cold: np.ndarray, system: str) -> tuple[Stage, ...]:
         (f"in the first {LISTED}", np.minimum(listed, held)),
     )
     return tuple(Stage(name, float(left.sum()), float(left[cold].sum())) for name, left in stages)
+
+
+def honesty(found: dict[str, Any]) -> tuple[Checked, ...]:
+    """What `honesty.measure` found, row by row; none where it found nothing."""
+    if not found:
+        return ()
+    prior, order = found["label_prior"], found["order_shuffled"]
+    verdict = "more than rounding: the order decides" if order["moved"] else "rounding"
+    rows = [
+        Checked(
+            "An empty item for an empty person",
+            f"log-odds {_signed(prior['empty'])}",
+            f"(in the lists {_signed(prior['mean'])}, standard deviation {_figure(prior['deviation'])})",
+            f"Before it reads anything the model says Yes with {_figure(prior['chance'])}; odds are for comparing "
+            "candidates, not for taking at their word.",
+        ),
+        Checked(
+            "Candidates in another order",
+            f"largest change of a score {order['largest']:.2g}",
+            f"(difference {_signed(order['gain'])} {_between(order, 'gain_')})",
+            f"No score may move by more than {order['rounding']:.2g}, which is rounding; this is {verdict}.",
+        ),
+    ]
+    for key, (name, reading) in CHANGES.items():
+        of = found[key]
+        if "left_out" in of:
+            rows.append(Checked(name, "not checked", "", f"{of['left_out'].capitalize()}."))
+            continue
+        changed = f"Prompts that changed: {of['lists_changed']} of {found['lists']}."
+        note = f" {of['note'].capitalize()}." if "note" in of else ""
+        interval = f"{_between(of, 'gain_')} {_p(of['p'])}"
+        rows.append(Checked(name, f"difference {_signed(of['gain'])}", interval, f"{reading} {changed}{note}"))
+    for key, of in found["popularity"].items():
+        name, known = f"Popularity and {key}", "left_out" not in of
+        figure = f"rank correlation {_signed(of['mean'])}" if known else "not checked"
+        reading = (
+            f"1: popular items stand first; 0: popularity says nothing. Lists: {of['lists']}."
+            if known
+            else f"{of['left_out'].capitalize()}."
+        )
+        rows.append(Checked(name, figure, _between(of) if known else "", reading))
+    return tuple(rows)
 
 
 def write_report(
@@ -188,6 +257,8 @@ def write_report(
         "listed": LISTED,
         "losses": losses,
         "epochs": result["choices"].get("retriever_epochs"),
+        "honesty": honesty(result.get("honesty") or {}),
+        "robustness": result.get("robustness") or {},
         "config": workspace.config,
         "identity": mllm.identity,
     }
@@ -223,6 +294,10 @@ def _figure(value: float) -> str:
 def _signed(value: float) -> str:
     text = f"{value:+.3f}"
     return text.replace("-", "−") if float(text) else "0.000"
+
+
+def _between(row: dict[str, Any], prefix: str = "") -> str:
+    return f"[{_signed(row[f'{prefix}low'])}, {_signed(row[f'{prefix}high'])}]"
 
 
 def _p(value: float) -> str:
