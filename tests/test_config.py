@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllm_srec.config import PRESETS, Config, Questions, UsersConfig, build_config, dump_config, load_config, read_yaml
+from mllm_srec.config import (
+    PRESETS,
+    Config,
+    Questions,
+    RankingConfig,
+    UsersConfig,
+    build_config,
+    dump_config,
+    load_config,
+    read_yaml,
+)
 from mllm_srec.errors import UsageError
 
 SECTIONS = [name for name, field in Config.model_fields.items() if hasattr(field.annotation, "model_fields")]
@@ -60,7 +70,7 @@ def test_any_configuration_comes_back_from_its_yaml(
 def test_the_default_is_the_embedded_model_at_its_small_size() -> None:
     config = load_config()
     assert config == Config() == load_config(preset="embedded")
-    assert (config.model.name, config.users.window, config.retrieval.candidates) == ("embedded", 6, 20)
+    assert (config.model.name, config.users.window, config.retrieval.candidates) == ("embedded", 6, 30)
     assert config.users == UsersConfig(
         windows="count", window=6, step=3, session_hours=24, summary="generate", recent=10
     )
@@ -84,6 +94,19 @@ def test_a_server_writes_and_is_not_trained() -> None:
     assert (config.items.fusion, config.users.summary, config.training.rows) == ("generate", "generate", 0)
     assert (config.model.concurrency, config.model.timeout, config.model.api_key_variable) == (8, 120, "")
     assert load_config().model.server == ""
+
+
+def test_predecessors_tell_and_learn_as_they_did() -> None:
+    titles, blocks = load_config(preset="tallrec"), load_config(preset="mllm-msr")
+    for config in (titles, blocks):
+        assert (config.training.objectives, config.training.negatives) == (("sft",), 1)  # pointwise: Yes or No
+        assert config.training.rationales == "none"
+        assert (config.model, config.items, config.retrieval) == (Config().model, Config().items, Config().retrieval)
+    assert titles.ranking == RankingConfig(item="title", preference=False, profile=False)
+    assert titles.users == Config().users
+    assert blocks.ranking == RankingConfig(item="visual", preference=True, profile=False)
+    assert blocks.users == UsersConfig(windows="count", window=3, step=3)  # no event is in two blocks
+    assert titles.training == blocks.training
 
 
 def test_later_sources_win_key_by_key(tmp_path: Path) -> None:
@@ -130,7 +153,10 @@ def test_a_configuration_cannot_be_changed_after_the_fact() -> None:
         ({"training": {"learning-rate": 1}}, "unknown key 'training.learning-rate': did you mean 'learning_rate'?"),
         ({"recent": 5}, "unknown key 'recent': did you mean 'users.recent'?"),
         ({"data": {"zzz": 1}}, "unknown key 'data.zzz': known keys: repeats, min_history, protocol, tie_rule, on_bad"),
-        ({"zzz": 1}, "unknown key 'zzz': known keys: seed, data, model, items, users, retrieval, training, evaluation"),
+        (
+            {"zzz": 1},
+            "unknown key 'zzz': known keys: seed, data, model, items, users, retrieval, ranking, training, eval",
+        ),
     ],
 )
 def test_an_unknown_key_is_named_with_the_nearest_known_one(values: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Stage 3: readings are fused as validation chose, stored once, refused when useless; reasons cite what is there."""
+"""Stage 3: readings are fused as validation chose, stored once, refused when useless."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from hypothesis.extra.numpy import arrays
 from fakes import FakeMllm, draw, make_catalogue, make_shop, make_state, shown
 from mllm_srec import ranking
 from mllm_srec.errors import ModelError
-from mllm_srec.mllm.base import Prompt, Request
+from mllm_srec.mllm.base import Request
 from mllm_srec.prompts import ranking as prompts
 from mllm_srec.ranking import (
     PRIORS,
@@ -23,10 +23,9 @@ from mllm_srec.ranking import (
     WEIGHTS,
     Candidates,
     Fusion,
-    Reason,
+    best_fusion,
     check_scores,
     choose_fusion,
-    explain,
     fuse,
     item_priors,
     score_lists,
@@ -176,6 +175,46 @@ def test_the_choice_is_on_the_grid_and_never_worse_than_retrieval(values: np.nda
         return float(ranking.metrics.ndcg(*places, 10).mean())
 
     assert value(chosen) >= value(ALONE)
+
+
+def test_the_best_fusion_is_told_with_what_it_reaches() -> None:
+    # Retrieval alone has the targets at places 2 and 1; the odds lift the first without losing the second.
+    candidates = read(["ab", "ab"], [[1, 0], [1, 0]], [[0, 1], [1, 0]], [[0, 0], [0, 0]])
+    chosen, value = best_fusion(candidates, NO_PRIORS, place("ba"))
+    assert (chosen, value) == (Fusion(1.0, 2.0, 0.0, False), 1.0)
+    lost = read(["ab", "ab"], [[1, 0], [1, 0]], [[0, 0], [0, 0]], [[0, 0], [0, 0]])
+    chosen, value = best_fusion(lost, NO_PRIORS, place("ba"))
+    assert chosen == ALONE
+    assert value == pytest.approx((1 / math.log2(3) + 1) / 2)
+    # A list without its target has no part in it.
+    assert best_fusion(lost, NO_PRIORS, place("bf")) == (ALONE, pytest.approx(1 / math.log2(3)))
+    assert best_fusion(lost, NO_PRIORS, place("ff")) == (ALONE, 0.0)
+    assert best_fusion(lost, NO_PRIORS, place("bb"), cutoff=1) == (ALONE, 0.0)
+
+
+def test_without_priors_the_empty_user_is_not_subtracted() -> None:
+    priors = NO_PRIORS.copy()
+    priors[:2, 1] = [3, 0]
+    candidates = read(["ab"], AGAINST, AGAINST, [[2, 1]])  # only minus the prior does the likelihood inform
+    assert best_fusion(candidates, priors, place("b")) == (Fusion(1.0, 0.0, 2.0, True), 1.0)
+    assert best_fusion(candidates, None, place("b")) == (ALONE, pytest.approx(1 / math.log2(3)))
+
+
+@given(arrays(np.float32, (3, 4, 4), elements=st.integers(-3, 3).map(float)), st.lists(st.integers(0, 5), min_size=4))
+def test_what_the_best_fusion_reaches_is_what_its_lists_have(values: np.ndarray, wanted: list[int]) -> None:
+    target = np.array(wanted[:4], dtype=np.int32)
+    candidates = Candidates(np.tile(np.arange(4, dtype=np.int32), (4, 1)), *values)
+    chosen, value = best_fusion(candidates, None, target)
+    held = target < 4
+    assert not chosen.subtract_empty
+    if not held.any():
+        assert (chosen, value) == (ALONE, 0.0)
+        return
+    gains = []
+    for scores, item in zip(fuse(candidates, NO_PRIORS, chosen)[held], target[held], strict=True):
+        ahead, level = int((scores > scores[item]).sum()), int((scores == scores[item]).sum())
+        gains.append(np.mean([1 / math.log2(2 + place) for place in range(ahead, ahead + level)]))
+    assert value == pytest.approx(np.mean(gains), abs=1e-9)
 
 
 # Priors
@@ -328,109 +367,6 @@ def test_scores_that_differ_between_users_only_are_refused() -> None:
             check_scores(odds, loglik)
 
 
-# Reasons
-
-HISTORY = place("abde")
-SHARED = "It meets the taste for hat, red, wool, like b the title and a the title"
-
-
-def reason(written: str, item: str = "c", company: str = "", kin: str = "", history: np.ndarray = HISTORY) -> Reason:
-    found = [IDS.index(other) if other else None for other in (company, kin)]
-    (made,) = explain(
-        FakeMllm(say=lambda prompt: written), CATALOGUE, STATE, history, [IDS.index(item)], *([at] for at in found)
-    )
-    return made
-
-
-@pytest.mark.parametrize(
-    ("written", "kept"),
-    [
-        ("It meets the taste for red, like b the title. Yes", "It meets the taste for red, like b the title."),
-        ("A red hat with wool, \n for the taste for red. Yes.", "A red hat with wool, for the taste for red."),
-        ("Red wool meets the taste", "Red wool meets the taste"),
-    ],
-)
-def test_the_models_words_are_kept_where_everything_in_them_is_known(written: str, kept: str) -> None:
-    assert reason(written) == Reason(kept, "model", ("hat", "red", "wool"), ("b", "a"))
-
-
-@pytest.mark.parametrize(
-    "written",
-    [
-        "A red hat of golden silk. Yes",  # invented
-        "It meets the taste. Yes",  # names no shared fact
-        "It meets the taste for red. No",  # answers the other way
-        "It does not meet the taste for red.",
-        "It doesn't meet the taste for red. Yes",
-        "None meets the taste for red. Yes",
-        "Yes",
-        "",
-    ],
-)
-def test_other_words_give_way_to_the_evidence(written: str) -> None:
-    assert reason(written) == Reason(f"{SHARED}.", "evidence", ("hat", "red", "wool"), ("b", "a"))
-
-
-@pytest.mark.parametrize(
-    ("company", "kin", "expected"),
-    [
-        ("a", "b", Reason("Often chosen by those who chose a the title.", "evidence", (), ("a",))),
-        ("", "b", Reason("Close in content to b the title.", "evidence", (), ("b",))),
-        ("", "", Reason("Chosen by many users; no fact of it meets the known taste.", "evidence", (), ())),
-    ],
-)
-def test_without_shared_facts_the_log_then_the_content_give_the_reason(
-    company: str, kin: str, expected: Reason
-) -> None:
-    # d is blue and a shoe, none of the user's tastes: whatever the model writes about it is not kept
-    assert reason("d the title is a blue shoe. Yes", "d", company, kin) == expected
-
-
-def test_shared_facts_go_before_company() -> None:
-    assert reason("", "c", "d", "e").text == f"{SHARED}."
-    assert reason("", "c", "d", "e", place("e")) == Reason(
-        "It meets the taste for hat, red, wool.", "evidence", ("hat", "red", "wool"), ()
-    )
-
-
-def test_every_item_is_asked_once_in_the_chain_of_thought_form() -> None:
-    mllm = FakeMllm()
-    assert explain(mllm, CATALOGUE, STATE, HISTORY, [], [], []) == []
-    assert mllm.calls() == 0
-    explain(mllm, CATALOGUE, STATE, HISTORY, place("cf").tolist(), [None] * 2, [None] * 2)
-    request = ranking_request(STATE, CATALOGUE, place("cf"))
-    assert [shown(prompt) for prompt in mllm.generated] == [
-        shown(request.prefix) + candidate + prompts.QUESTION_COT for candidate in request.candidates
-    ]
-
-
-SENTENCES = ["It meets the taste for red. Yes", "warm hat. Yes", "golden. Yes", "blue shoe", "wool. No", ""]
-
-
-@given(
-    st.lists(st.sampled_from(range(len(IDS))), min_size=1, max_size=4),
-    st.text(IDS, min_size=1, max_size=6),
-    st.sampled_from(SENTENCES),
-    st.booleans(),
-)
-def test_reasons_cite_facts_of_the_item_and_events_of_the_history(
-    items: list[int], history: str, written: str, known: bool
-) -> None:
-    events = place(history)
-    other = [int(events[-1]) if known else None] * len(items)
-
-    def say(prompt: Prompt) -> str:
-        return written
-
-    reasons = explain(FakeMllm(say=say), CATALOGUE, STATE, events, items, other, other[::-1])
-    assert len(reasons) == len(items)
-    for item, made in zip(items, reasons, strict=True):
-        assert set(made.facts) <= set(CATALOGUE.facts[item]) & set(STATE.phrases)
-        assert set(made.events) <= set(history)
-        assert made.text.strip() and not made.text.endswith(("Yes", "No"))
-        assert made.by == "evidence" or any(fact in made.text.lower() for fact in made.facts)
-
-
 # With a model
 
 
@@ -450,8 +386,6 @@ def test_a_model_of_transformers_ranks_through_the_same_interface(workspace: Wor
         again = score_lists(workspace, mllm, CATALOGUE, states(3), LISTS, RETRIEVED, "test")
     np.testing.assert_array_equal(again.odds, made.odds)
     assert len(mllm.prefixes) == asked
-    reasons = explain(mllm, CATALOGUE, STATE, HISTORY, [2], [None], [None])
-    assert reasons[0].facts == ("hat", "red", "wool")
 
 
 def test_a_model_that_packs_wrongly_ranks_nothing(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -253,9 +253,15 @@ def test_users_are_comprehended_by_the_model_as_it_was_loaded(
 
 
 def test_an_adapter_of_another_model_is_refused(finished: Path) -> None:
-    config = Workspace.open(finished).config
-    with pytest.raises(StoreError, match=r"adapter was trained on another model: run `mllm-srec train WS` again"):
-        attach_adapter(tiny_mllm(seed=1), finished / "runs/main", config)
+    config, right = Workspace.open(finished).config, Pipeline(Workspace.open(finished)).mllm
+    other = tiny_mllm(seed=1)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"name": "other/model"})})
+    told = rf"another model, \S+/tiny \({right.identity}\), than other/model \({other.identity}\): run `mllm-srec train"
+    with pytest.raises(StoreError, match=told):
+        attach_adapter(other, finished / "runs/main", config)
+    assert not other.has_adapter
+    attach_adapter(right, finished / "runs/main", config)
+    assert right.has_adapter
 
 
 def test_a_model_that_is_given_is_used_as_it_is(finished: Path, ready: Recommender) -> None:

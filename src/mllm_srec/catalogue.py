@@ -4,17 +4,18 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 
+from mllm_srec.config import RankingConfig
 from mllm_srec.errors import StoreError
 from mllm_srec.facts import Origin, category_facts, keyword_facts
 from mllm_srec.items import ITEM_TEXTS, Item, first_words, load_items
-from mllm_srec.mllm.base import Mllm, Picture, Prompt
+from mllm_srec.mllm.base import Candidate, Mllm, Picture, Prompt
 from mllm_srec.mllm.text_encoder import TextEncoder
 from mllm_srec.prompts import items as prompts
 from mllm_srec.prompts import ranking as ranking_prompts
@@ -53,6 +54,10 @@ class Catalogue:
     where the configuration asks for both."""
     pictures: list[str | None]
     """Hash of the usable picture."""
+    shown: RankingConfig = field(default_factory=RankingConfig)
+    """What `candidates` hold, and what a ranking prompt tells beside them."""
+    open_picture: Callable[[str], bytes] | None = None
+    """The bytes of a picture by its hash; only needed where a ranking prompt shows it."""
     spelling: dict[str, str] = field(default_factory=dict)
     """Fact -> how the catalogue's texts mostly write it: a model that has read "Drama" says "Drama", not "drama"."""
 
@@ -86,7 +91,7 @@ class Catalogue:
                 f"{len(missing)} of {len(items)} items have no description (first: {missing[0]!r}): "
                 "run `mllm-srec describe`"
             )
-        made = [texts[item.item_id] for item in items]
+        made, telling = [texts[item.item_id] for item in items], workspace.config.ranking
         words = keyword_facts([f"{i.title} {first_words(i.description, KEYWORD_TEXT)}" for i in items])
         facts: list[dict[str, Origin]] = []
         named: set[str] = set()
@@ -110,7 +115,7 @@ class Catalogue:
             lines=[ranking_prompts.line(i.title, i.category) for i in items],
             looks=[row["visual"] for row in made],
             candidates=[
-                ranking_prompts.candidate(i.title, i.category, row["description"])
+                ranking_prompts.candidate(i.title, i.category, _told(telling, row["description"], row["visual"]))
                 for i, row in zip(items, made, strict=True)
             ],
             facts=facts,
@@ -122,12 +127,26 @@ class Catalogue:
                 for text, more, row in zip(full, seen, made, strict=True)
             ],
             pictures=[item.picture_sha256 for item in items],
+            shown=telling,
+            open_picture=workspace.picture,
             spelling=spellings(count_names(items), {fact for of_item in facts for fact in of_item}),
         )
+
+    def candidate(self, item: int) -> Candidate:
+        """An item as a ranking prompt shows it: its text, and its picture behind it where that is asked for."""
+        sha256, text = self.pictures[item], self.candidates[item]
+        if not self.shown.picture or sha256 is None or self.open_picture is None:
+            return text
+        return (text, ranking_prompts.PICTURE, Picture(sha256, self.open_picture(sha256)))
 
     def name(self, fact: str) -> str:
         """A fact as texts write it."""
         return self.spelling.get(fact, fact)
+
+
+def _told(shown: RankingConfig, description: str, visual: str) -> str:
+    """What a candidate says behind title and category."""
+    return {"title": "", "visual": prompts.seen(visual), "description": description}[shown.item]
 
 
 def count_names(items: Sequence[Item]) -> Counter[str]:

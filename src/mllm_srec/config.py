@@ -124,7 +124,7 @@ class UsersConfig(_Section):
 class RetrievalConfig(_Section):
     """Candidates from co-occurrence, content, a sequence encoder and the trend."""
 
-    candidates: int = Field(20, ge=2)
+    candidates: int = Field(30, ge=2)
     repeats: bool = False
     """Whether an item of the user's history may be recommended again; for a log read with `data.repeats=keep`."""
     weights: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = Field(
@@ -135,13 +135,47 @@ class RetrievalConfig(_Section):
     """Of the sequence encoder at most; validation says when to stop. 0: there is none."""
 
 
+class RankingConfig(_Section):
+    """What a ranking prompt tells of the item and of the user."""
+
+    item: Literal["title", "visual", "description"] = "description"
+    """`title`: title and category; `visual`: and what its picture showed; `description`: the fused description."""
+    preference: bool = True
+    """The dynamic preference, with the newest choice told in full."""
+    profile: bool = True
+    """The profile, with the typical choice told in full."""
+    facts: bool = True
+    """What of the item meets or misses the user's tastes and last choices, behind the item: step 3 of the chain of
+    thought, counted before the answer."""
+    picture: bool = False
+    """Whether the item's picture itself is shown beside its text."""
+
+
+Objective = Literal["sft", "odds", "likelihood", "listwise", "both"]
+
+
 class TrainingConfig(_Section):
     """Stage 3, LoRA fine-tuning; one row is one user with a positive and its negatives."""
 
+    task: Literal["next", "liked"] = "next"
+    """`next`: the next item, whatever its rating; `liked`: the next one that is rated high, against such that are rated
+    low (the paper's threshold: at least 4, at most 2, of 5)."""
+    objectives: tuple[Objective, ...] = Field(("both",), min_length=1)
+    """`sft`: language loss of answers and rationales; `odds`, `likelihood`: softmax over a user's candidates of that
+    reading; `listwise`: of both readings; `both`: `odds` and `sft`. Of several, validation chooses."""
+    rationales: Literal["none", "evidence", "model"] = "evidence"
+    """Who writes step 3 of the chain of thought: nobody, the shared facts, or a larger model (`teacher`)."""
+    teacher: str = ""
+    """Address of the OpenAI-compatible server that writes rationales, as "http://host:8000"."""
+    teacher_name: str = ""
+    """The name under which that server knows its model."""
     rows: int = Field(300, ge=0)
     """Training rows per epoch at most; 0 ranks without fine-tuning."""
     epochs: int = Field(1, ge=1)
     negatives: int = Field(8, ge=1)
+    head_start: bool = True
+    """Begin with what the embedded model has learnt on simulated shops, where the adapter has its form (rank 16, last
+    12 layers)."""
     rank: int = Field(16, ge=1)
     top_layers: int = Field(12, ge=1)
     """Only this many of the language model's last layers are adapted."""
@@ -161,6 +195,8 @@ class EvaluationConfig(_Section):
     """Validation targets at most that choose the fusion weights."""
     users: int | None = Field(None, ge=1)
     """Test targets at most (a seeded sample); none means all."""
+    honesty_lists: int = Field(40, ge=0)
+    """Test lists at most that are read again with one thing changed, five times each, for the report; 0: none."""
     bootstrap: int = Field(1000, ge=100)
 
 
@@ -173,6 +209,7 @@ class Config(_Section):
     items: ItemsConfig = ItemsConfig()
     users: UsersConfig = UsersConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
+    ranking: RankingConfig = RankingConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
@@ -194,7 +231,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "users": {"window": 10, "step": 5, "summary_tokens": 48},
         "training": {"rows": 0},
     },
+    "tallrec": {
+        "ranking": {"item": "title", "preference": False, "profile": False, "picture": False},
+        "training": {"objectives": ["sft"], "negatives": 1, "rationales": "none"},
+    },
+    "mllm-msr": {
+        "users": {"windows": "count", "window": 3, "step": 3},
+        "ranking": {"item": "visual", "preference": True, "profile": False, "picture": False},
+        "training": {"objectives": ["sft"], "negatives": 1, "rationales": "none"},
+    },
 }
+"""`tallrec`, `mllm-msr`: what those systems tell and how they learn, on this engine. TALLRec: titles, Yes or No.
+MLLM-MSR: titles with what the picture showed, and a preference carried through blocks that do not overlap."""
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Stage 3, ranking: readings of the packed pass, their fusion with retrieval, and checked reasons.
+"""Stage 3, ranking: readings of the packed pass and their fusion with retrieval.
 
 Readings per candidate: the odds of "Yes", and the mean log-likelihood of its text; each also minus the same reading for
 the empty user, which takes out what the item says for itself. Fusion adds within-user standardised scores.
@@ -6,7 +6,6 @@ the empty user, which takes out what the item says for itself. Fusion adds withi
 
 import itertools
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,18 +15,11 @@ import pyarrow as pa
 from mllm_srec import metrics
 from mllm_srec.catalogue import Catalogue
 from mllm_srec.errors import ModelError
-from mllm_srec.facts import unsupported_words
 from mllm_srec.mllm.base import Mllm, Picture, Request, check_finite, told
 from mllm_srec.mllm.guard import check_once
 from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.prompts import ranking as prompts
-from mllm_srec.records import (
-    Evidence,
-    explain_questions,
-    find_evidence,
-    ranking_request,
-    rationale,
-)
+from mllm_srec.records import ranking_request
 from mllm_srec.user_states import NOBODY, UserState
 from mllm_srec.users import state_key
 from mllm_srec.workspace import Job, Table, Workspace, fingerprint
@@ -36,10 +28,6 @@ SCORES = Table("scores", pa.schema([("odds", pa.list_(pa.float32())), ("loglik",
 PRIORS = Table("item_priors", pa.schema([("odds", pa.float32()), ("loglik", pa.float32())]))
 
 WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0)
-REASON_TOKENS = 48
-
-_YES = re.compile(r"\s+Yes\b\W*$")
-_DENIAL = re.compile(r"\b(?:no|not|none|nor|never|nothing)\b|n't\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -65,17 +53,6 @@ class Candidates:
     loglik: np.ndarray
 
 
-@dataclass(frozen=True)
-class Reason:
-    """Why an item is shown; `by` is "model" where its own words passed the check, else "evidence"."""
-
-    text: str
-    by: str
-    facts: tuple[str, ...]
-    events: tuple[str, ...]
-    """Item ids of the history."""
-
-
 def standardise(scores: np.ndarray) -> np.ndarray:
     """(B, K) scores with mean 0 and deviation 1 within each row; a row that is constant but for rounding becomes 0."""
     centred = scores - scores.mean(1, keepdims=True)
@@ -98,36 +75,52 @@ def fuse(candidates: Candidates, priors: np.ndarray, fusion: Fusion) -> np.ndarr
 
 
 def choose_fusion(candidates: Candidates, priors: np.ndarray, target: np.ndarray, cutoff: int = 10) -> Fusion:
+    """The best of `best_fusion`."""
+    return best_fusion(candidates, priors, target, cutoff)[0]
+
+
+def best_fusion(
+    candidates: Candidates, priors: np.ndarray | None, target: np.ndarray, cutoff: int = 10
+) -> tuple[Fusion, float]:
     """The grid point with the best NDCG@`cutoff` over lists whose target is `target` (B,); ties go to smaller weights.
 
     A target outside its list scores 0 whatever the weights, so only the lists that hold it decide; where none does,
-    retrieval stands alone.
+    retrieval stands alone. Without `priors` the empty user is not subtracted.
+
+    Returns:
+        The choice, and its NDCG over the lists that hold their target, 0 where none does.
     """
     inside = candidates.items == target[:, None]
     held = inside.any(1)
     best, chosen = -1.0, Fusion(1.0, 0.0, 0.0, False)
     if not held.any():
-        return chosen
+        return chosen, 0.0
     subset = Candidates(
         *(values[held] for values in (candidates.items, candidates.retrieval, candidates.odds, candidates.loglik))
     )
-    place = inside[held].argmax(1)
-    grid = sorted(itertools.product(WEIGHTS, WEIGHTS, (False, True)), key=lambda g: (g[0] + g[1], g))
-    for odds, loglik, subtract in grid:
+    place, known = inside[held].argmax(1), np.zeros((0, 2)) if priors is None else priors
+    grid = itertools.product(WEIGHTS, WEIGHTS, (False,) if priors is None else (False, True))
+    for odds, loglik, subtract in sorted(grid, key=lambda g: (g[0] + g[1], g)):
         fusion = Fusion(1.0, odds, loglik, subtract)
-        greater, ties = metrics.places(fuse(subset, priors, fusion), place)
+        greater, ties = metrics.places(fuse(subset, known, fusion), place)
         value = float(metrics.ndcg(greater, ties, cutoff).mean())
         if value > best + 1e-12:
             best, chosen = value, fusion
-    return chosen
+    return chosen, best
 
 
-def item_priors(workspace: Workspace, mllm: Mllm, catalogue: Catalogue, items: np.ndarray) -> np.ndarray:
+def item_priors(
+    workspace: Workspace, mllm: Mllm, catalogue: Catalogue, items: np.ndarray, scope: str = ""
+) -> np.ndarray:
     """float32 (I, 2): odds and mean log-likelihood of `items` (positions) for the empty user; NaN for all others.
 
-    They are stored and reused.
+    They are stored and reused; those of another `scope` (a run beside the main one) stay.
     """
-    jobs = [Job(catalogue.ids[i], _mark(mllm, ranking_request(NOBODY, catalogue, [i])), int(i)) for i in items]
+
+    def key(item: int) -> str:
+        return json.dumps([scope, catalogue.ids[item]], ensure_ascii=False) if scope else catalogue.ids[item]
+
+    jobs = [Job(key(i), _mark(mllm, ranking_request(NOBODY, catalogue, [i])), int(i)) for i in items]
 
     def compute(batch: list[Job]) -> list[dict[str, object]]:
         scores = mllm.score([ranking_request(NOBODY, catalogue, [job.payload for job in batch])])[0]
@@ -137,7 +130,7 @@ def item_priors(workspace: Workspace, mllm: Mllm, catalogue: Catalogue, items: n
     priors = np.full((len(catalogue.ids), 2), np.nan, dtype=np.float32)
     rows = {row["key"]: row for row in workspace.rows(PRIORS).iter_rows(named=True)}
     for i in items:
-        priors[i] = rows[catalogue.ids[i]]["odds"], rows[catalogue.ids[i]]["loglik"]
+        priors[i] = rows[key(i)]["odds"], rows[key(i)]["loglik"]
     return priors
 
 
@@ -159,7 +152,7 @@ def stored_priors(workspace: Workspace, mllm: Mllm, catalogue: Catalogue, items:
 
 def _mark(mllm: Mllm, request: Request) -> str:
     words = [told((part,)) if isinstance(part, Picture) else part for part in request.prefix.parts]
-    return fingerprint(*words, *map(told, request.candidates), prompts.VERSION, mllm.identity)
+    return fingerprint(*words, *map(told, request.candidates), *request.notes, prompts.VERSION, mllm.identity)
 
 
 def score_lists(
@@ -210,49 +203,3 @@ def check_scores(odds: np.ndarray, loglik: np.ndarray) -> None:
         check_finite(values, name)
         if values.size and values.shape[-1] > 1 and (np.ptp(values, axis=-1) == 0).all():
             raise ModelError(f"the model gave the same {name} for every candidate: the prompt does not reach it")
-
-
-def explain(
-    mllm: Mllm,
-    catalogue: Catalogue,
-    state: UserState,
-    history: np.ndarray,
-    items: Sequence[int],
-    together: Sequence[int | None],
-    similar: Sequence[int | None],
-) -> list[Reason]:
-    """A checked reason per shown item.
-
-    The model writes step 3 of the chain of thought. Its words are shown only if they deny nothing, name a shared fact,
-    and every content word occurs in the item, the state or the evidence; otherwise the reason is composed from the
-    evidence: shared facts, else the history item chosen `together` with it most often, else the one most `similar` in
-    content (catalogue positions or None).
-    """
-    if len(items) == 0:
-        return []
-    prefix, questions = explain_questions(state, catalogue, items)
-    written = [answer.text for answer in mllm.ask([prefix], questions, REASON_TOKENS)[0]]
-    reasons = []
-    for item, text, company, kin in zip(items, written, together, similar, strict=True):
-        found = find_evidence(state, catalogue, item, history)
-        events = tuple(catalogue.ids[i] for i in found.like)
-        sentence = _YES.sub("", " ".join(text.split()))
-        sources = [catalogue.candidates[item], state.profile, state.preference, rationale(found, catalogue, True)]
-        sound = not _DENIAL.search(sentence) and not unsupported_words(sentence, *sources)
-        if sound and any(fact in sentence.lower() for fact in found.meets):
-            reasons.append(Reason(sentence, "model", found.meets, events))
-        else:
-            reasons.append(_from_evidence(catalogue, found, events, company, kin))
-    return reasons
-
-
-def _from_evidence(
-    catalogue: Catalogue, found: Evidence, events: tuple[str, ...], company: int | None, kin: int | None
-) -> Reason:
-    if found.meets:
-        text = rationale(found, catalogue, True).removesuffix(" Yes")
-        return Reason(text, "evidence", found.meets, events)
-    for other, wording in ((company, prompts.together), (kin, prompts.similar)):
-        if other is not None:
-            return Reason(wording(catalogue.lines[other]) + ".", "evidence", (), (catalogue.ids[other],))
-    return Reason(prompts.POPULAR + ".", "evidence", (), ())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mllm_srec.calibration import Calibration
 from mllm_srec.catalogue import Catalogue, load_embeddings
 from mllm_srec.config import Config
 from mllm_srec.data.dataset import Queries
@@ -15,7 +16,8 @@ from mllm_srec.errors import StoreError, UsageError
 from mllm_srec.mllm.load import load_mllm, trainable
 from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.mllm.remote import RemoteMllm
-from mllm_srec.ranking import Candidates, Fusion, Reason, check_scores, explain, fuse, stored_priors
+from mllm_srec.ranking import Candidates, Fusion, check_scores, fuse, stored_priors
+from mllm_srec.reasons import Reason, Sentence, explain
 from mllm_srec.records import ranking_request
 from mllm_srec.retrieval import Likeness, Mix, Retriever, SequenceEncoder
 from mllm_srec.retrieval import sequence as encoders
@@ -39,6 +41,8 @@ class Choices:
     retriever_epochs: tuple[tuple[int, float], ...]
     """(epoch, NDCG@10 on validation) of the sequence encoder."""
     fusion: Fusion
+    calibration: Calibration | None = None
+    """From fused scores to the chance of being the next item, among lists that hold it."""
 
     @classmethod
     def read(cls, folder: Path) -> "Choices":
@@ -50,7 +54,9 @@ class Choices:
         try:
             values = json.loads((folder / CHOICES).read_text(encoding="utf-8"))
             curve = tuple((int(epoch), float(ndcg)) for epoch, ndcg in values["retriever_epochs"])
-            return cls(Mix(**values["retrieval"]), values["made_of"], curve, Fusion(**values["fusion"]))
+            stated = values["calibration"]
+            calibration = None if stated is None else Calibration(**stated)
+            return cls(Mix(**values["retrieval"]), values["made_of"], curve, Fusion(**values["fusion"]), calibration)
         except FileNotFoundError:
             raise StoreError(f"{folder / CHOICES} is missing: run `mllm-srec retrieve WS` first") from None
         except (ValueError, KeyError, TypeError) as error:
@@ -95,10 +101,16 @@ def attach_adapter(mllm: LocalMllm | RemoteMllm, run: Path, config: Config) -> N
         StoreError: the adapter's files are damaged, or it was trained on another model.
     """
     mllm.drop_adapter()
-    if config.training.rows and (run / ADAPTER / "manifest.json").exists():
-        if read_manifest(run / ADAPTER)["model"] != mllm.identity:
-            raise StoreError(f"{run / ADAPTER} was trained on another model: run `mllm-srec train WS` again")
-        trainable(mllm).load_adapter(run / ADAPTER)
+    adapter = run / ADAPTER
+    if config.training.rows and (adapter / "manifest.json").exists():
+        made_for = read_manifest(adapter)["model"]
+        if made_for != mllm.identity:
+            about = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+            raise StoreError(
+                f"{adapter} was trained on another model, {about['base_model_name_or_path']} ({made_for}), than "
+                f"{config.model.name} ({mllm.identity}): run `mllm-srec train WS` again"
+            )
+        trainable(mllm).load_adapter(adapter)
 
 
 @dataclass(frozen=True)
@@ -112,11 +124,15 @@ class Recommendation:
     retrieval: float
     odds: float
     """Log-odds of Yes over No."""
+    chance: float | None = None
+    """The chance of being the next item, if it is among those ranked; None where validation could not calibrate it."""
     reason: str | None = None
     reason_by: str | None = None
     """"model" (its words passed the check) or "evidence" (composed from facts and events)."""
     facts: tuple[str, ...] = ()
     events: tuple[str, ...] = ()
+    sentences: tuple[Sentence, ...] = ()
+    """The reason sentence by sentence, each with the facts and events that it names."""
 
 
 @dataclass(frozen=True)
@@ -191,11 +207,11 @@ class Recommender:
         if k < 1:
             raise UsageError(f"k must be at least 1, not {k}")
         if user is not None:
-            asked, liked, state = self._known(user)
+            asked, disliked, state = self._known(user)
         else:
             asked, state = self._outside(history or [])
-            liked = asked[0]
-        return self._answer(user, asked, liked, state, k, explain)
+            disliked = np.zeros(len(asked[0]), dtype=bool)
+        return self._answer(user, asked, disliked, state, k, explain)
 
     def _known(self, user: str) -> tuple[Queries, np.ndarray, UserState]:
         if user not in self._users:
@@ -212,7 +228,7 @@ class Recommender:
         if self.histories.time is not None:  # asked at the end of the log
             state = state.asked_at(int(self.histories.time.max()))
         times = None if self.histories.time is None else [self.histories.time[self.histories.span(number)]]
-        return Queries([history.items], times), history.items[~history.disliked], state
+        return Queries([history.items], times), history.disliked, state
 
     def _outside(self, history: Sequence[str]) -> tuple[Queries, UserState]:
         unknown = [item_id for item_id in history if item_id not in self._place]
@@ -230,10 +246,12 @@ class Recommender:
             )
 
     def _answer(
-        self, user: str | None, asked: Queries, liked: np.ndarray, state: UserState, k: int, reasons: bool
+        self, user: str | None, asked: Queries, disliked: np.ndarray, state: UserState, k: int, reasons: bool
     ) -> Answer:
         shown = self._rank(asked, state, k)[:k]
-        said = self._reasons(state, liked, [item for item, *_ in shown]) if reasons else [None] * len(shown)
+        said: Sequence[Reason | None] = [None] * len(shown)
+        if reasons:
+            said = self._reasons(state, asked[0], disliked, [item for item, *_ in shown])
         rows = self.dataset.items
         return Answer(
             user=user,
@@ -247,14 +265,20 @@ class Recommender:
                     score=score,
                     retrieval=base,
                     odds=odds,
+                    chance=self._chance(score),
                     reason=why.text if why else None,
                     reason_by=why.by if why else None,
                     facts=why.facts if why else (),
                     events=why.events if why else (),
+                    sentences=why.sentences if why else (),
                 )
                 for (item, score, base, odds), why in zip(shown, said, strict=True)
             ),
         )
+
+    def _chance(self, score: float) -> float | None:
+        stated = self.choices.calibration
+        return None if stated is None or np.isnan(score) else float(stated.chances(np.array(score)))
 
     def _rank(self, asked: Queries, state: UserState, k: int) -> list[tuple[int, float, float, float]]:
         """(catalogue position, fused score, retrieval score, odds) of at least `k` items, if there are as many left."""
@@ -281,10 +305,10 @@ class Recommender:
         ]
         return best
 
-    def _reasons(self, state: UserState, liked: np.ndarray, items: list[int]) -> list[Reason]:
-        together, similar = [], []
+    def _reasons(self, state: UserState, history: np.ndarray, disliked: np.ndarray, items: list[int]) -> list[Reason]:
+        liked, together, similar = history[~disliked], [], []
         for item in items:
             company, kin = self.retriever.nearest_events(liked, item)
             together.append(company)
             similar.append(kin)
-        return explain(self.mllm, self.catalogue, state, liked, items, together, similar)
+        return explain(self.mllm, self.catalogue, state, liked, items, together, similar, history[disliked])

@@ -39,7 +39,7 @@ def check(text: str, *parts: str) -> None:
 
 PRINTED = {
     "items-3": "ae2bd2668a4c7155",
-    "ranking-3": "de588d98de793b50",
+    "ranking-4": "d01c546e72719784",
     "server-1": "a4e2b36255d67e30",
     "users-3": "af78423e6485b564",
 }
@@ -370,13 +370,43 @@ def test_a_candidate_by_hand(parts: tuple[str, str, str], text: str) -> None:
     assert ranking.candidate(*parts) == text
 
 
-@given(MANY, MANY, st.booleans())
-def test_a_rationale_ends_with_the_answer(meets: list[str], like: list[str], chosen: bool) -> None:
-    made = ranking.rationale(meets, like if meets else [], chosen)
-    check(made.replace("None of its facts", "No fact"), *meets, *(like if meets else []))
+@given(SOME, MANY, SOME, st.booleans())
+def test_a_rationale_ends_with_the_answer(facts: list[str], like: list[str], other: list[str], chosen: bool) -> None:
+    told = [ranking.meets(facts, like), ranking.shares(facts, other), ranking.lacks(facts), ranking.against(facts)]
+    for sentence, named in zip(told, ([*facts, *like], [*facts, *other], facts, facts), strict=True):
+        check(sentence, *named)
+        assert sentence.endswith(".")
+    made = ranking.rationale(told, chosen)
+    check(made, *told)
     assert made.endswith(". Yes" if chosen else ". No")
+
+
+@pytest.mark.parametrize(
+    ("facts", "like", "text"),
+    [
+        (["a"], [], "It meets the taste for a."),
+        (["a", "b"], ["x"], "It meets the taste for a and b, like x."),
+        (["a", "b", "c"], ["x", "y"], "It meets the taste for a, b and c, like x and y."),
+    ],
+)
+def test_names_are_joined_as_in_speech(facts: list[str], like: list[str], text: str) -> None:
+    assert ranking.meets(facts, like) == text
+
+
+def test_reasons_from_the_log_and_from_content_name_the_event() -> None:
     check(ranking.together("a hat"), "a hat")
-    check(ranking.similar("a hat"), "a hat")
+    assert ranking.similar("a hat") == "Close in content to a hat."
+    assert ranking.similar("a hat", ["red", "wool"]) == "Close in content to a hat: both have red and wool."
+    check(ranking.NOTHING_MET.replace("None of", "No part of"))
+    check(ranking.POPULAR)
+
+
+def test_a_larger_model_is_told_the_answer_and_asked_for_the_other_side_of_it() -> None:
+    yes, no = ranking.ask_rationale(True), ranking.ask_rationale(False)
+    check("x" + yes, "The right answer is Yes.")
+    check("x" + no, "The right answer is No.")
+    assert yes.startswith("\n") and no.startswith("\n")
+    assert ("lacks" in yes, "lacks" in no) == (False, True)
 
 
 # Server

@@ -27,7 +27,7 @@ from mllm_srec.mllm.base import PartialFailure
 from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.mllm.remote import RemoteMllm
 from mllm_srec.prompts import ranking as prompts
-from mllm_srec.ranking import explain
+from mllm_srec.reasons import explain
 from mllm_srec.records import explain_questions, find_evidence, rationale
 from mllm_srec.user_states import UserState, disliked_events, low_rating
 from mllm_srec.windows import window_bounds
@@ -184,8 +184,9 @@ def examples(
     states, windows = _comprehend(workspace, mllm, catalogue, histories, ranked.targets.take(np.array(chosen, int)))
     orders = [ranked.order(target)[:LISTED] for target in chosen]
     liked = [gallery.liked(int(ranked.targets.user[target]), int(ranked.targets.end[target])) for target in chosen]
+    low = [gallery.disliked(int(ranked.targets.user[target]), int(ranked.targets.end[target])) for target in chosen]
     heads = [ranked.items[target, order[:REASONS_SHOWN]].tolist() for target, order in zip(chosen, orders, strict=True)]
-    reasons = _reasons(workspace, mllm, catalogue, states, liked, heads, retriever)
+    reasons = _reasons(workspace, mllm, catalogue, states, liked, low, heads, retriever)
     seen_before = np.zeros(len(histories.items), dtype=bool)
     seen_before[histories.item[split.seen_test]] = True
     shown = []
@@ -260,9 +261,16 @@ class _Gallery:
 
     def liked(self, user: int, end: int) -> np.ndarray:
         """The first `end` items of a user without the disliked ones."""
-        disliked = disliked_events(self._histories, user, self._low)[:end]
-        liked: np.ndarray = self._histories.of(user, end)[~disliked]
+        liked: np.ndarray = self._histories.of(user, end)[~self._low_rated(user, end)]
         return liked
+
+    def disliked(self, user: int, end: int) -> np.ndarray:
+        """The disliked ones among the first `end` items of a user."""
+        disliked: np.ndarray = self._histories.of(user, end)[self._low_rated(user, end)]
+        return disliked
+
+    def _low_rated(self, user: int, end: int) -> np.ndarray:
+        return disliked_events(self._histories, user, self._low)[:end]
 
     def _day(self, user: int, at: int) -> str:
         times = self.times(user)
@@ -318,29 +326,34 @@ def _reasons(
     catalogue: Catalogue,
     states: Sequence[UserState],
     liked: Sequence[np.ndarray],
+    disliked: Sequence[np.ndarray],
     heads: Sequence[list[int]],
     retriever: Neighbours,
 ) -> list[list[tuple[str, str]]]:
     """(text, by whom) for the first items of each list."""
     jobs = []
-    for state, history, items in zip(states, liked, heads, strict=True):
+    for state, history, low, items in zip(states, liked, disliked, heads, strict=True):
         near = [retriever.nearest_events(history, item) for item in items]
         prefix, questions = explain_questions(state, catalogue, items)
         told = [prefix.system, *(str(part) for part in prefix.parts), *(question.about for question in questions)]
-        found = [rationale(find_evidence(state, catalogue, item, history), catalogue, True) for item in items]
+        found = [rationale(find_evidence(state, catalogue, item, history, low), catalogue, True) for item in items]
         kin = [None if i is None else catalogue.lines[i] for pair in near for i in pair]
         mark = fingerprint(mllm.identity, prompts.VERSION, *told, *found, *kin)
-        jobs.append(Job(users.state_key(state.user_id, state.end), mark, (state, history, items, near)))
+        jobs.append(Job(users.state_key(state.user_id, state.end), mark, (state, history, low, items, near)))
 
     def write(batch: list[Job]) -> list[dict[str, object]]:
         return [_row(*job.payload) for job in batch]
 
     def _row(
-        state: UserState, history: np.ndarray, items: list[int], near: list[tuple[int | None, int | None]]
+        state: UserState,
+        history: np.ndarray,
+        low: np.ndarray,
+        items: list[int],
+        near: list[tuple[int | None, int | None]],
     ) -> dict[str, object]:
         try:
             company, kin = [one for one, _ in near], [one for _, one in near]
-            why = explain(mllm, catalogue, state, history, items, company, kin)
+            why = explain(mllm, catalogue, state, history, items, company, kin, low)
         except PartialFailure as failure:
             return {"status": "error", "reason": str(failure), "texts": [], "by": []}
         return {"status": "ok", "reason": "", "texts": [one.text for one in why], "by": [one.by for one in why]}

@@ -1,0 +1,180 @@
+"""Why an item is shown: step 3 of the chain of thought in sentences, each tied to the facts and events that it names.
+
+The model writes; a sentence that is not borne out is removed. Where none is left, the evidence speaks.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mllm_srec.catalogue import Catalogue
+from mllm_srec.facts import content_words, unsupported_words
+from mllm_srec.mllm.base import Mllm
+from mllm_srec.prompts import ranking as prompts
+from mllm_srec.rationales import DENIAL, names_of, sentences
+from mllm_srec.records import (
+    FACTS_SHOWN,
+    Evidence,
+    explain_questions,
+    find_evidence,
+    in_common,
+    mere_word,
+    title,
+)
+from mllm_srec.user_states import UserState
+
+REASON_TOKENS = 48
+
+_ANSWER = re.compile(r"(?:^|[\s.!?])(Yes|No)\b\W*$")
+_TASTE = re.compile(r"\btastes?\b", re.IGNORECASE)
+_WORD = re.compile(r"[^\W\d_]+")
+_SHARED = re.compile(r"\bshar", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One sentence of a reason, by "model" or "evidence"."""
+
+    text: str
+    by: str
+    facts: tuple[str, ...]
+    """Facts of the item that it names."""
+    events: tuple[str, ...]
+    """Item ids of the history that it names."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why an item is shown; at least one sentence."""
+
+    sentences: tuple[Sentence, ...]
+
+    @property
+    def text(self) -> str:
+        """All sentences."""
+        return " ".join(sentence.text for sentence in self.sentences)
+
+    @property
+    def by(self) -> str:
+        """ "model" where its own words passed the check, else "evidence"."""
+        return self.sentences[0].by
+
+    @property
+    def facts(self) -> tuple[str, ...]:
+        """Facts of the item that the sentences name."""
+        return tuple(dict.fromkeys(fact for sentence in self.sentences for fact in sentence.facts))
+
+    @property
+    def events(self) -> tuple[str, ...]:
+        """Item ids of the history that the sentences name."""
+        return tuple(dict.fromkeys(event for sentence in self.sentences for event in sentence.events))
+
+
+def explain(
+    mllm: Mllm,
+    catalogue: Catalogue,
+    state: UserState,
+    history: np.ndarray,
+    items: Sequence[int],
+    together: Sequence[int | None],
+    similar: Sequence[int | None],
+    disliked: Sequence[int] | np.ndarray = (),
+) -> list[Reason]:
+    """A checked reason per shown item.
+
+    Of what the model writes a sentence is kept if all in it is borne out (`_checked`), and none where its answer is
+    "No". Otherwise the evidence gives the reason: tastes that are met, else the history item chosen `together` with it
+    most often, else the one most `similar` in content (catalogue positions or None), else mere words that are met.
+    `history` and `disliked` are the items that the user did not dislike and did, oldest first.
+    """
+    if len(items) == 0:
+        return []
+    prefix, questions = explain_questions(state, catalogue, items)
+    written = [answer.text for answer in mllm.ask([prefix], questions, REASON_TOKENS)[0]]
+    calls = names_of(catalogue, history)
+    reasons = []
+    for item, text, company, kin in zip(items, written, together, similar, strict=True):
+        answer = _ANSWER.search(text)
+        kept: list[Sentence] = []
+        if answer is None or answer[1] == "Yes":
+            kept = _checked(text[: answer.start(1)] if answer else text, catalogue, state, calls, item)
+        found = find_evidence(state, catalogue, item, history, disliked)
+        reasons.append(Reason(tuple(kept) or (_from_evidence(catalogue, item, found, company, kin),)))
+    return reasons
+
+
+def _checked(
+    text: str, catalogue: Catalogue, state: UserState, calls: Mapping[str, list[int]], item: int
+) -> list[Sentence]:
+    """The sentences of `text` in which all is borne out, each tied to what it names.
+
+    A sentence is kept if it is whole, denies nothing, its words are the item's, it names a met taste or an event and
+    does more than that, no fact that the item has not, nothing but tastes as tastes, and only events that share what
+    it says.
+    """
+    facts, own, tastes = catalogue.facts[item], catalogue.candidates[item], state.phrases
+    tellable = {fact for fact in facts if fact in tastes or not mere_word(catalogue, fact)}
+    # Words of three letters are too short to be looked up: "red", "fur".
+    short = [fact for fact in catalogue.rates.base if len(fact) < 4 and content_words(fact)]
+    possible = {*facts, *tastes, *short}
+    true = {*facts, *_named(own, possible)}
+    # A title that is but a fact's name ("Dress") names no event.
+    names = names_of(catalogue, [item]) | {name: of for name, of in calls.items() if name.lower() not in possible}
+    kept = []
+    for sentence, rest, called in sentences(text, names):
+        said = _named(rest, possible)
+        named = [fact for fact in said if fact in tellable]
+        whole = _SHARED.search(rest) is not None
+        events = [_meant(names[name], catalogue, item, named or tellable, whole) for name in dict.fromkeys(called)]
+        sound = (
+            sentence.endswith((".", "!", "?"))
+            and not DENIAL.search(rest)
+            and not unsupported_words(rest, own, *facts, prompts.RATIONALE_WORDS)
+            and true.issuperset(said)
+            and (not _TASTE.search(rest) or set(said) <= set(tastes))
+            and None not in events
+        )
+        cited = tuple(catalogue.ids[event] for event in dict.fromkeys(events) if event is not None and event != item)
+        more = len(_WORD.findall(rest)) - sum(len(_WORD.findall(fact)) for fact in said)
+        if sound and more >= 2 and (cited or not set(tastes).isdisjoint(named)):
+            kept.append(Sentence(sentence, "model", tuple(named), cited))
+    return kept
+
+
+def _meant(called: Sequence[int], catalogue: Catalogue, item: int, facts: Collection[str], whole: bool) -> int | None:
+    """The newest of the items `called` by one name that has some of `facts`, all of them with `whole`; None without
+    any: what is said of it is not so."""
+    enough = all if whole else any
+    for event in reversed(called):
+        if event == item or enough(fact in catalogue.facts[event] for fact in facts):
+            return event
+    return None
+
+
+def _named(text: str, facts: Iterable[str]) -> list[str]:
+    """The facts that `text` names, in its order; "jersey fancy" is not "jersey" as well."""
+    found = []
+    for fact in sorted(facts, key=lambda fact: (-len(fact), fact)):
+        pattern = re.compile(rf"(?<!\w){re.escape(fact)}(?:e?s)?(?!\w)", re.IGNORECASE)
+        match = pattern.search(text)
+        if match:
+            found.append((match.start(), fact))
+            text = pattern.sub(lambda match: " " * len(match[0]), text)
+    return [fact for _, fact in sorted(found)]
+
+
+def _from_evidence(catalogue: Catalogue, item: int, found: Evidence, company: int | None, kin: int | None) -> Sentence:
+    words = any(mere_word(catalogue, fact) for fact in found.meets)  # weaker than what the log or the content says
+    if found.meets and not (words and (company is not None or kin is not None)):
+        like = [title(catalogue, event) for event in found.like]
+        text = prompts.meets([catalogue.name(fact) for fact in found.meets], like)
+        return Sentence(text, "evidence", found.meets, tuple(catalogue.ids[event] for event in found.like))
+    if company is not None:
+        return Sentence(prompts.together(title(catalogue, company)), "evidence", (), (catalogue.ids[company],))
+    if kin is not None:
+        both = [fact for fact in in_common(catalogue, item, kin) if fact not in found.clash][:FACTS_SHOWN]
+        text = prompts.similar(title(catalogue, kin), [catalogue.name(fact) for fact in both])
+        return Sentence(text, "evidence", tuple(both), (catalogue.ids[kin],))
+    return Sentence(prompts.POPULAR, "evidence", (), ())
