@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mllm_srec import catalogue, items, pipeline, users
+from mllm_srec import catalogue, items, pipeline, training_rows, users
 from mllm_srec.errors import StoreError
 from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.pipeline import RERANKED, RETRIEVED, Pipeline
@@ -80,7 +80,7 @@ def test_a_changed_key_of_users_remakes_states_and_no_items(copied: Path) -> Non
         assert after[name].equals(before[name]), name
     assert before["user_states"]["key"].equals(after["user_states"]["key"])
     # States that only the report tells of are made again when it is.
-    targets = made.chosen.training
+    targets = made.training_targets
     training = {
         users.state_key(made.histories.users[u], int(e)) for u, e in zip(targets.user, targets.end, strict=True)
     }
@@ -315,7 +315,7 @@ def test_half_of_the_users_chooses_and_the_other_half_is_left(finished: Path) ->
     chosen = Pipeline(Workspace.open(finished)).chosen
     assert len(chosen.choosing) == 12
     assert (chosen.choosing.position == chosen.choosing.end).all()
-    assert len(chosen.training) == 6
+    assert len(Pipeline(Workspace.open(finished)).training_targets) == 6
 
 
 # The future
@@ -323,33 +323,44 @@ def test_half_of_the_users_chooses_and_the_other_half_is_left(finished: Path) ->
 
 def test_nothing_of_validation_or_test_is_in_a_training_record(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
+    asked: list[Any] = []
     made: list[TrainingRecord] = []
-    make_record = pipeline.training_record
+    make_record, write = training_rows.training_record, training_rows.rationales.written
 
     def watch(*arguments: Any) -> TrainingRecord:
         calls.append(arguments)
         return make_record(*arguments)
 
-    monkeypatch.setattr(pipeline, "training_record", watch)
-    monkeypatch.setattr(pipeline.tuning, "train", lambda mllm, records, config, folder: made.extend(records))
+    def watch_rationales(workspace: Any, teacher: Any, items_read: Any, wanted: Any) -> list[str]:
+        asked.extend(wanted)
+        return write(workspace, teacher, items_read, wanted)
+
+    monkeypatch.setattr(training_rows, "training_record", watch)
+    monkeypatch.setattr(training_rows.rationales, "written", watch_rationales)
+    monkeypatch.setattr(pipeline.tuning, "train", lambda mllm, records, *_: made.extend(records))
     trained = Pipeline(changed(copied, "training.rows=1000"))
     trained.comprehend()
     trained.train()
     histories = trained.histories
     number = {user: at for at, user in enumerate(histories.users)}
     assert len(made) == len(calls) > 24
-    for state, items_read, position, positive, negatives, history in calls:
+    assert len(asked) == 2 * len(calls)
+    for at, (state, items_read, position, shown, rationales, _) in enumerate(calls):
         user = number[state.user_id]
         validation = histories.length(user) - 2
         own = histories.of(user)
         assert state.end <= position < validation
-        assert history.tolist() == own[: state.end].tolist()
         assert state.recent == tuple(own[max(0, state.end - 10) : state.end])
         assert state.as_of == histories.time[histories.span(user)][state.end - 1]
+        positive, *negatives = shown
         assert positive == own[position]
-        assert not set(negatives) & {positive, *history.tolist()}
+        assert not set(negatives) & {positive, *own[: state.end].tolist()}
         assert len(set(negatives)) == 3
         assert items_read.ids == histories.items
+        assert len(rationales) == 2
+        for of_row, chosen in zip(asked[2 * at : 2 * at + 2], (True, False), strict=True):
+            assert of_row.state == state and of_row.chosen == chosen
+            assert sorted([*of_row.history, *of_row.disliked]) == sorted(own[: state.end])
 
 
 def test_negatives_and_lists_come_from_what_their_targets_may_know(
@@ -373,22 +384,36 @@ def test_negatives_and_lists_come_from_what_their_targets_may_know(
     monkeypatch.setattr(pipeline.retrieval.Retriever, "fit", watch)
     monkeypatch.setattr(pipeline.sequence, "fit", watch_encoder)
     monkeypatch.setattr(pipeline.tuning, "train", lambda *_: None)
+    drawers: list[Any] = []
+
+    def watch_drawer(make: Callable[..., Any]) -> Callable[..., Any]:
+        def drawn(targets: Any, retriever: Any, *rest: Any) -> Any:
+            drawers.append(retriever)
+            return make(targets, retriever, *rest)
+
+        return drawn
+
+    for name in ("choose_targets", "draw_rows"):
+        monkeypatch.setattr(training_rows, name, watch_drawer(getattr(training_rows, name)))
     run = Pipeline(Workspace.open(copied))
     for stage in ("retrieve", "comprehend", "train", "evaluate"):  # read by `watch`
         getattr(run, stage)()
     training = run.split.training
     first = {user: int(training.position[training.user == user].min()) for user in training.user.tolist()}
     for user, (start, stop) in enumerate(itertools.pairwise(run.histories.offsets)):
-        (choosing,), (trained,) = masks["retrieve"], masks["train"]
+        (choosing,) = masks["retrieve"]
         assert not choosing[stop - 2 : stop].any()
-        assert not trained[start + first[user] : stop].any()
-        assert trained[start : start + first[user]].all()
-        for stage in ("comprehend", "evaluate"):  # lists of validation; evaluate also looks at the training rows
-            assert not any(mask[stop - 1] for mask in masks[stage])
-            assert sum(not mask[stop - 2] for mask in masks[stage]) == (2 if stage == "evaluate" else 1)
+        assert not run.split.seen_training[start + first[user] : stop].any()
+        assert run.split.seen_training[start : start + first[user]].all()
+        assert not any(mask[stop - 1] for of_stage in masks.values() for mask in of_stage)
+        assert not any(mask[stop - 2] for mask in masks["train"]), "training looks at validation lists"
         assert not any(mask[stop - 1] for mask in encoded)
+    counts = np.bincount(run.histories.item[run.split.seen_training], minlength=len(run.histories.items))
+    assert len(drawers) == 2
+    for retriever in drawers:
+        np.testing.assert_array_equal(retriever.popularity, counts)
     # One encoder per part, each fitted once and then kept.
-    of_parts = (run.split.seen_validation, run.split.seen_test, run.split.seen_training)
+    of_parts = (run.split.seen_validation, run.split.seen_training, run.split.seen_test)
     assert len(encoded) == 3
     for seen, part in zip(encoded, of_parts, strict=True):
         np.testing.assert_array_equal(seen, part)

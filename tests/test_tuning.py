@@ -1,8 +1,9 @@
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import peft.utils.save_and_load
@@ -10,14 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fakes import CATALOGUE, make_state
+from mllm.separate_prompts import separate
 from mllm_srec import tuning
-from mllm_srec.config import Config, TrainingConfig
+from mllm_srec.config import Config, Objective, TrainingConfig
 from mllm_srec.errors import ModelError
 from mllm_srec.mllm.base import Prompt, Request
 from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.mllm.pieces import Piece
 from mllm_srec.prompts import ranking as prompts
-from mllm_srec.records import TrainingRecord
+from mllm_srec.records import TrainingRecord, explain_questions, ranking_request, training_record
 from mllm_srec.tuning import ANSWER_WEIGHT, COT_WEIGHT, row_loss, train
 from tiny_models import KINDS, drawing, tiny_mllm, tiny_tokenizer
 
@@ -50,12 +53,12 @@ def mllm() -> LocalMllm:
 
 
 @torch.no_grad()
-def expected_loss(mllm: LocalMllm, row: TrainingRecord) -> float:
+def expected_loss(mllm: LocalMllm, row: TrainingRecord, objective: Objective = "both") -> float:
     """The loss from ordinary prompts, one per candidate and one per rationale, through the model's own logits."""
-    shown = mllm.renderer
+    shown, asked = mllm.renderer, row.request
 
     def logits(parts: tuple[Any, ...], behind: list[int]) -> torch.Tensor:
-        prompt = Prompt(parts, system=row.request.prefix.system)
+        prompt = Prompt(parts, system=asked.prefix.system)
         pictures = [part for part in parts if not isinstance(part, str)]
         inputs = shown.encode([shown.text(prompt)], [pictures], "right")
         inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([behind], dtype=torch.long)], 1)
@@ -64,36 +67,139 @@ def expected_loss(mllm: LocalMllm, row: TrainingRecord) -> float:
             inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, len(behind)))
         return torch.as_tensor(mllm.model(**inputs).logits[0])
 
+    def listwise(readings: list[float]) -> float:
+        beside = row.retrieval or (0.0,) * len(readings)
+        values = [value + 0.5 * own for value, own in zip(readings, beside, strict=True)]
+        return math.log(sum(map(math.exp, values))) - values[0]
+
     yes, no = shown.label_ids
-    *front, last = row.request.prefix.parts
+    *front, last = asked.prefix.parts
     odds, answers = [], []
-    for at, candidate in enumerate(row.request.candidates):
-        told = logits((*front, f"{last}{candidate}{prompts.QUESTION}"), [])[-1]
+    for at, candidate in enumerate(asked.candidates):
+        told = logits((*front, f"{last}{candidate}{asked.note(at)}{prompts.QUESTION}"), [])[-1]
         odds.append(float(told[yes] - told[no]))
         answers.append(float(-told.log_softmax(-1)[no if at else yes]))
-    listwise = math.log(sum(math.exp(value) for value in odds)) - odds[0]
     losses = []
     for at, text in row.cot:
         words = [*shown.ids(shown.lead + text), shown.tokenizer.eos_token_id]
-        asked = f"{last}{row.request.candidates[at]}{prompts.QUESTION_COT}"
-        told = logits((*front, asked), words).log_softmax(-1)[-len(words) - 1 : -1]
+        thinking = f"{last}{asked.candidates[at]}{prompts.QUESTION_COT}"
+        told = logits((*front, thinking), words).log_softmax(-1)[-len(words) - 1 : -1]
         losses += [-float(told[place, token]) for place, token in enumerate(words)]
     answer = (answers[0] + float(np.mean(answers[1:] or answers))) / 2
-    return listwise + ANSWER_WEIGHT * answer + (COT_WEIGHT * float(np.mean(losses)) if losses else 0.0)
+    rationale = float(np.mean(losses)) if losses else 0.0
+    likelihoods = [10 * float(value) for value in separate(mllm, asked)[:, 1]]
+    return {
+        "odds": listwise(odds),
+        "likelihood": listwise(likelihoods),
+        "listwise": listwise(odds) + listwise(likelihoods),
+        "sft": answer + rationale,
+        "both": listwise(odds) + ANSWER_WEIGHT * answer + COT_WEIGHT * rationale,
+    }[objective]
 
 
+NOTES = ("\nShares 1 of 2 with the newest choice: shoe.", "", "\nagainst it hat.")
+
+
+@pytest.mark.parametrize(
+    ("objective", "told_apart"),
+    # Rationales are of the last two alone, notes of no likelihood, and what retrieval says is beside lists.
+    [("odds", 4), ("likelihood", 3), ("listwise", 4), ("sft", 5), ("both", 6)],
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_rows_loss_is_that_of_ordinary_prompts(kind: str) -> None:
+def test_a_rows_loss_is_that_of_ordinary_prompts(kind: str, objective: Objective, told_apart: int) -> None:
     mllm = tiny_mllm(kind)
     rows = [
         record(),
         record("red", SHOE, (SHIRT, HAT), drawing("red"), "\n"),
         replace(record(), cot=()),
         replace(record(), cot=((2, "None. No"),)),
+        replace(record(), retrieval=(-1.0, 0.5, 2.0)),
+        replace(record(), request=replace(record().request, notes=NOTES)),
     ]
-    losses = [float(row_loss(mllm, row)) for row in rows]
-    np.testing.assert_allclose(losses, [expected_loss(mllm, row) for row in rows], atol=1e-4)
-    assert len({round(loss, 4) for loss in losses}) == len(rows)
+    losses = [float(row_loss(mllm, row, objective)) for row in rows]
+    np.testing.assert_allclose(losses, [expected_loss(mllm, row, objective) for row in rows], atol=1e-4)
+    assert len({round(loss, 4) for loss in losses}) == told_apart
+
+
+@pytest.mark.parametrize("objective", get_args(Objective))
+def test_the_loss_covers_answers_and_rationales_only_and_of_lists_what_they_read(
+    objective: Objective, mllm: LocalMllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = replace(record(), request=replace(record().request, notes=NOTES), retrieval=(0.0, 1.0, 2.0))
+    kept: list[torch.Tensor] = []
+
+    def leaves(*given: Any) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        last, hidden, ends = read_segments(*given)
+        kept.extend(states.detach().requires_grad_() for states in (last, hidden))
+        return kept[0], kept[1], ends
+
+    read_segments = tuning.read_segments
+    monkeypatch.setattr(tuning, "read_segments", leaves)
+    row_loss(mllm, row, objective).backward()
+    foretells = [
+        set() if states.grad is None else set(states.grad.abs().sum(1).nonzero()[:, 0].tolist()) for states in kept
+    ]
+
+    # By hand: a token is foretold by the one before it; rationales stand behind all candidates.
+    shown, encoded = mllm.renderer, mllm.renderer.encode_request(row.request)
+    answers: set[int] = set()
+    candidates: set[int] = set()
+    rationales: set[int] = set()
+    start = 0
+    for own, behind in zip(encoded.candidates, encoded.behind, strict=True):
+        candidates |= set(range(start, start + len(own) - 1))
+        start += len(own) + len(behind)
+        answers.add(start - 1)
+    assert len({len(behind) for behind in encoded.behind}) == 3
+    thinking = len(shown.encode_request(replace(row.request, notes=(), question=prompts.QUESTION_COT)).behind[0])
+    for at, text in row.cot:
+        words, first = len(shown.ids(shown.lead + text)), start + len(encoded.candidates[at]) + thinking
+        rationales |= set(range(first - 1, first + words))  # the last one foretells the end
+        start = first + words
+    told = {"odds": answers, "likelihood": candidates, "listwise": answers | candidates}
+    assert foretells[1] == told.get(objective, answers | rationales)
+    assert foretells[0] == ({0} if objective in ("likelihood", "listwise") else set())
+
+
+def read_by(mllm: LocalMllm, call: Callable[[], object]) -> list[int]:
+    """The tokens that the language model is given, in order."""
+    given: list[int] = []
+    handle = mllm.model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, inputs: given.extend(inputs[0].flatten().tolist())
+    )
+    try:
+        call()
+    finally:
+        handle.remove()
+    return given
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_and_ranking_read_the_same_tokens_up_to_the_label(kind: str) -> None:
+    mllm, items = tiny_mllm(kind), [2, 3, 1]
+    state = replace(make_state("hat", "red"), newest=1, waited=3_600_000)
+    texts = ["It meets the taste for hat. Yes", "It lacks red. No"]
+    row = training_record(state, CATALOGUE, state.end, items, texts)
+    assert len(set(row.request.notes)) == 3
+    trained = read_by(mllm, lambda: row_loss(mllm, row))
+    encoded = mllm.renderer.encode_request(row.request)
+    prefix = encoded.prefix["input_ids"][0].tolist()
+    assert trained[: len(prefix)] == prefix
+
+    ranked = read_by(mllm, lambda: mllm.score([ranking_request(state, CATALOGUE, items)]))
+    segments = [own + behind for own, behind in zip(encoded.candidates, encoded.behind, strict=True)]
+    assert trained[: len(ranked)] == prefix + [token for segment in segments for token in segment]
+    assert ranked == prefix + [token for segment in sorted(segments, key=len) for token in segment]
+
+    prompt, questions = explain_questions(state, CATALOGUE, items[:2])
+    rest = trained[len(ranked) :]
+    for question, text in zip(questions, texts, strict=True):
+        asked = read_by(mllm, lambda question=question: mllm.ask([prompt], [question], 1))
+        label = mllm.renderer.ids(mllm.renderer.lead + text)
+        length = len(asked) - len(prefix) + len(label)
+        assert prefix + rest[:length] == asked + label
+        rest = rest[length:]
+    assert rest == []
 
 
 def test_a_model_that_knows_nothing_pays_the_logarithms(mllm: LocalMllm) -> None:
@@ -171,11 +277,11 @@ class Interrupt:
     def __init__(self, at: int, raises: type[BaseException] = KeyboardInterrupt) -> None:
         self.calls, self._at, self._raises = 0, at, raises
 
-    def __call__(self, mllm: LocalMllm, row: TrainingRecord) -> torch.Tensor:
+    def __call__(self, mllm: LocalMllm, row: TrainingRecord, objective: Objective = "both") -> torch.Tensor:
         self.calls += 1
         if self.calls == self._at:
             raise self._raises("stopped")
-        return row_loss(mllm, row)
+        return row_loss(mllm, row, objective)
 
 
 @pytest.mark.parametrize(("accumulate", "stops"), [(1, [6]), (1, [2, 9]), (2, [8]), (4, [12])])
@@ -286,9 +392,9 @@ def test_a_loss_that_is_no_number_stops_the_training(
 ) -> None:
     calls = [0]
 
-    def broken(model: LocalMllm, row: TrainingRecord) -> torch.Tensor:
+    def broken(model: LocalMllm, row: TrainingRecord, objective: Objective) -> torch.Tensor:
         calls[0] += 1
-        return row_loss(model, row) * (value if calls[0] == at else 1)
+        return row_loss(model, row, objective) * (value if calls[0] == at else 1)
 
     monkeypatch.setattr(tuning, "row_loss", broken)
     before = mllm.score([RECORDS[0].request])[0]

@@ -5,43 +5,50 @@ among its candidates, so neither its user's state nor its list is read by the mo
 """
 
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from mllm_srec import __version__, catalogue, items, ranking, retrieval, tuning, users
+from mllm_srec import (
+    __version__,
+    calibration,
+    catalogue,
+    items,
+    ranking,
+    rationales,
+    retrieval,
+    training_rows,
+    tuning,
+    users,
+)
 from mllm_srec.config import Config
 from mllm_srec.data.dataset import Dataset, Histories
-from mllm_srec.data.split import Split, Targets, global_time, leave_last_out
+from mllm_srec.data.split import Split, Targets, global_time, leave_last_out, liked_only
 from mllm_srec.errors import DataError, StoreError
-from mllm_srec.evaluation import protocol, report, slices
+from mllm_srec.evaluation import honesty, protocol, report, robustness, slices
 from mllm_srec.mllm.load import load_mllm, trainable
 from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.mllm.remote import RemoteMllm
 from mllm_srec.mllm.text_encoder import TextEncoder
 from mllm_srec.progress import say
 from mllm_srec.recommender import ADAPTER, CHOICES, RUN, Choices, attach_adapter, encoder_file, index_folder
-from mllm_srec.records import TrainingRecord, training_record
+from mllm_srec.records import TrainingRecord, ranking_request
 from mllm_srec.retrieval import sequence
-from mllm_srec.user_states import History, UserState, build_state, disliked_events, low_rating
+from mllm_srec.user_states import History, UserState, build_state, low_rating
 from mllm_srec.workspace import Workspace, atomic_write, fingerprint, write_manifest
 
 RERANKED = "MLLM-SRec"
 RETRIEVED = "retrieval"
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """The targets a run works on: a seeded sample of each part of the split."""
-
-    training: Targets
-    choosing: Targets
-    test: Targets
-
-
+ROWS = "training_rows.jsonl"
+LOOKED_AT, LOOKED_AMONG = 60, 12
+"""Validation lists at most that say during a training how good the adapter is, and candidates of each."""
 SLICED_AT = 10
 """Cutoff of the metric that is told by slices."""
 
@@ -56,21 +63,30 @@ class Lists:
 
 
 class Pipeline:
-    """One workspace, its data in memory, and the stages over it. Every stage may be called again at any time."""
+    """One workspace, its data in memory, and the stages over it. Every stage may be called again at any time.
 
-    def __init__(self, workspace: Workspace) -> None:
+    Items' texts and users' states are the workspace's; what is chosen, trained and measured is of one run.
+    """
+
+    def __init__(self, workspace: Workspace, run: str = RUN) -> None:
         self.workspace = workspace
+        self.folder = workspace.run(run)
+        self.scope = "" if run == RUN else run
         self.config: Config = workspace.config
         self.dataset: Dataset = workspace.dataset()
         self.histories: Histories = self.dataset.histories()
         split = leave_last_out if self.config.data.protocol == "leave_last_out" else global_time
         self.split: Split = split(self.histories, self.config.data.tie_rule, self.config.data.min_history)
+        if self.config.training.task == "liked":
+            self.split = liked_only(self.histories, self.split)
         if len(self.split.test) == 0:
             raise DataError(
                 f"no user has the {self.config.data.min_history} events that a test target needs: "
                 "give a longer log or lower data.min_history (at least 3)"
             )
-        self.chosen = self._choose()
+        self.chosen = protocol.Chosen.of(self.split, self.config)
+        self.places: dict[str, protocol.Places] = {}
+        """Of the test targets by system, once `evaluate` has run."""
 
     @cached_property
     def mllm(self) -> LocalMllm | RemoteMllm:
@@ -103,12 +119,12 @@ class Pipeline:
         """Stage 1: one row per item in `item_texts`."""
         self.mllm.drop_adapter()  # descriptions and states are made, and looked up, by the model as it was loaded
         items.describe(self.workspace, self.mllm)
-        for stale in ("catalogue", "embeddings", "likeness"):
+        for stale in ("catalogue", "embeddings", "likeness", "training_targets", "_rows"):
             self.__dict__.pop(stale, None)
 
     def retrieve(self) -> retrieval.Mix:
         """Embed the catalogue and let validation choose the retriever's mix; it is stored with the run's choices."""
-        folder, config, targets = self.workspace.run(RUN), self.config.retrieval, self.split.validation
+        folder, config, targets = self.folder, self.config.retrieval, self.split.validation
         mark = sequence.made_of(self.histories, self.split.seen_validation, self.embeddings, self.config.seed)
         asked = (of.tobytes() for of in (targets.user, targets.position, targets.end))
         made_of = fingerprint(mark, *asked, config.model_dump_json(exclude={"candidates"}))
@@ -126,20 +142,20 @@ class Pipeline:
 
     def _chosen_before(self) -> Choices | None:
         """The run's choices; None without any, or if they are damaged: they are then made again."""
-        folder = self.workspace.run(RUN)
-        if not (folder / CHOICES).exists():
+        if not (self.folder / CHOICES).exists():
             return None
         try:
-            return Choices.read(folder)
+            return Choices.read(self.folder)
         except StoreError as error:
             say(f"retrieve: {error}")
             return None
 
     def comprehend(self) -> None:
         """Stage 2: the states of the training targets, and of the targets whose candidates hold them."""
-        wanted = [self.chosen.training]
-        for targets, part in ((self.chosen.choosing, "validation"), (self.chosen.test, "test")):
-            held = self._lists(targets, self._retriever(part)).held
+        wanted = [self.training_targets]
+        retrievers = {part: self._retriever(part) for part in ("validation", "test")}
+        for name, targets in self.chosen.parts.items():
+            held = self._lists(targets, retrievers["test" if name == "test" else "validation"]).held
             wanted.append(targets.take(np.flatnonzero(held)))
         pairs = [(int(u), int(e)) for part in wanted for u, e in zip(part.user, part.end, strict=True)]
         self.mllm.drop_adapter()
@@ -152,21 +168,71 @@ class Pipeline:
         return steps, users.state(self.workspace, user_id, mllm=self.mllm, catalogue=self.catalogue)
 
     def train(self) -> None:
-        """Stage 3: LoRA on packed rows; nothing with training.rows=0 or without training targets."""
-        records = self._records()
-        if records:
-            tuning.train(trainable(self.mllm), records, self.config, self.workspace.run(RUN) / ADAPTER)
+        """Stage 3: LoRA on packed rows; nothing with training.rows=0 or without training targets.
 
-    def evaluate(self) -> dict[str, Any]:
+        Of several objectives the one stays whose adapter is best on validation.
+        """
+        objectives = self.config.training.objectives
+        with tuning.main_process_first():
+            records = self._records()
+            if not records:
+                return
+            mllm, look = trainable(self.mllm), self._look()
+        if tuning.is_main_process():
+            atomic_write(self.folder / ROWS, "\n".join(map(json.dumps, self._rows.told(self.histories))) + "\n")
+        folders = {objective: self.folder / f"{ADAPTER}-{objective}" for objective in objectives}
+        if len(objectives) == 1:
+            tuning.train(mllm, records, self.config, self.folder / ADAPTER, objectives[0], look)
+            return
+        for objective, folder in folders.items():
+            tuning.train(mllm, records, self.config, folder, objective, look)
+        best = max(objectives, key=lambda objective: tuning.validated(folders[objective]))
+        if not tuning.is_main_process():
+            return
+        why = "no validation list holds its target: it is the first" if look is None else "the best on validation"
+        say(f"train: objective {best} stays, {why}")
+        shutil.rmtree(self.folder / ADAPTER, ignore_errors=True)
+        shutil.copytree(folders[best], self.folder / ADAPTER)
+
+    def _look(self) -> Callable[[], float] | None:
+        """NDCG@10 of some validation lists that hold their target, fused as is best for them; None without any.
+
+        The lists are cut to the target and a few others, drawn once: more lists say more than longer ones.
+        """
+        lists = self._lists(self.chosen.choosing, self._retriever("validation"))
+        rows = np.flatnonzero(lists.held)[:LOOKED_AT]
+        if len(rows) == 0:
+            return None
+        some = Lists(lists.items[rows], lists.scores[rows], lists.held[rows])
+        part = self.chosen.choosing.take(rows)
+        wanted = protocol.target_items(self.histories, part)
+        others = np.random.default_rng(self.config.seed).random(some.items.shape) + (some.items == wanted[:, None])
+        kept = np.sort(np.argsort(-others, axis=1)[:, :LOOKED_AMONG], axis=1)
+        shown, retrieved = (np.take_along_axis(values, kept, axis=1) for values in (some.items, some.scores))
+        states = self._states(part, some)
+        requests = [ranking_request(state, self.catalogue, row) for state, row in zip(states, shown, strict=True)]
+
+        def look() -> float:
+            scores = np.stack(self.mllm.score(requests))
+            read = ranking.Candidates(shown, retrieved, scores[..., 0], scores[..., 1])
+            return ranking.best_fusion(read, None, wanted)[1]
+
+        return look
+
+    def evaluate(self, robustness_too: bool = False) -> dict[str, Any]:
         """Choose the fusion on validation, refit, and look at the test once; returns what metrics.json holds.
+
+        With `robustness_too` test lists are read again with pictures missing, swapped and noised.
 
         Raises:
             StoreError: an earlier stage has not been run, or what it made no longer holds.
         """
-        folder = self.workspace.run(RUN)
+        folder = self.folder
         self.mllm.drop_adapter()
         records = self._records()
-        if records and tuning.made_of(folder / ADAPTER) != tuning.mark(trainable(self.mllm), records, self.config):
+        objectives = self.config.training.objectives
+        marks = {tuning.mark(trainable(self.mllm), records, self.config, of) for of in objectives} if records else set()
+        if records and tuning.made_of(folder / ADAPTER) not in marks:
             raise StoreError(
                 f"{folder / ADAPTER} is missing or was trained on other rows, weights or settings: run "
                 "`mllm-srec train WS` first, or rank without fine-tuning by --set training.rows=0"
@@ -174,23 +240,31 @@ class Pipeline:
         attach_adapter(self.mllm, folder, self.config)
         choices = Choices.read(folder)
         choosing, test = self.chosen.choosing, self.chosen.test
-        retriever = self._retriever("test")
+        retriever, before = self._retriever("test"), self._retriever("validation")
         lists = {
-            "validation": self._lists(choosing, self._retriever("validation")),
+            "validation": self._lists(choosing, before),
+            "calibration": self._lists(self.chosen.calibrating, before),
             "test": self._lists(test, retriever),
         }
-        read = {
-            label: self._read(targets, lists[label], label)
-            for label, targets in (("validation", choosing), ("test", test))
-        }
+        read = {label: self._read(targets, lists[label], label) for label, targets in self.chosen.parts.items()}
         shown = np.unique(np.concatenate([of_part.items.ravel() for of_part in read.values()]))
-        priors = ranking.item_priors(self.workspace, self.mllm, self.catalogue, shown)
+        priors = ranking.item_priors(self.workspace, self.mllm, self.catalogue, shown, self.scope)
         held = lists["validation"].held
         if not held.any():
             say("evaluate: no validation list holds its target, so the model gets no weight beside retrieval")
         wanted = protocol.target_items(self.histories, choosing)[held]
         fusion = ranking.choose_fusion(read["validation"], priors, wanted)
-        choices = replace(choices, fusion=fusion)
+
+        def listed_as(label: str) -> np.ndarray:
+            """bool (B, K): which candidates of the lists that were read are the target."""
+            of = protocol.target_items(self.histories, self.chosen.parts[label])[lists[label].held]
+            found: np.ndarray = read[label].items == of[:, None]
+            return found
+
+        calibrated = None
+        if lists["calibration"].held.any():
+            calibrated = calibration.fit(ranking.fuse(read["calibration"], priors, fusion), listed_as("calibration"))
+        choices = replace(choices, fusion=fusion, calibration=calibrated)
         atomic_write(folder / CHOICES, choices.dump())
 
         places = {
@@ -212,6 +286,7 @@ class Pipeline:
             fused = np.zeros(listed.items.shape)
             fused[listed.held] = ranking.fuse(read["test"], priors, choice)
             places[name] = protocol.place_reranked(places[RETRIEVED], listed.items, fused, wanted)
+        self.places = places
 
         result = {
             "version": __version__,
@@ -219,17 +294,27 @@ class Pipeline:
             "choices": json.loads(choices.dump()),
             "choosing_targets": len(choosing),
             "choosing_targets_among_candidates": int(held.sum()),
-            "training_rows": len(self.chosen.training) * self.config.training.epochs if self.mllm.has_adapter else 0,
+            "training_rows": len(self.training_targets) * self.config.training.epochs if self.mllm.has_adapter else 0,
             "targets_among_candidates": float(listed.held.mean()),
             "reference": RETRIEVED,
+            "calibration": _reliability(calibrated, fused[listed.held], listed_as("test")),
             "systems": protocol.compare(places, RETRIEVED, test.user, self.config),
             "slices": self._slices(places, test),
         }
+        checked = honesty.ReadLists(
+            test.take(np.flatnonzero(listed.held)), self._states(test, listed), read["test"], priors, fusion
+        )
+        given = (self.workspace, self.mllm, self.catalogue, self.histories, checked)
+        if self.config.evaluation.honesty_lists and not self.scope:
+            result["honesty"] = honesty.measure(*given, retriever.popularity, self.scope)
+        if robustness_too:
+            result["robustness"] = robustness.measure(*given)
         atomic_write(folder / "metrics.json", json.dumps(result, indent=2))
         ranked = report.Ranked(test, listed.items, listed.scores, listed.held, fused, read["test"].odds, places)
-        report.write_report(
-            self.workspace, self.mllm, self.histories, self.split, self.catalogue, result, ranked, retriever
-        )
+        if not self.scope:
+            report.write_report(
+                self.workspace, self.mllm, self.histories, self.split, self.catalogue, result, ranked, retriever
+            )
         write_manifest(folder, {"version": __version__, "model": self.mllm.identity})
         return result
 
@@ -241,24 +326,10 @@ class Pipeline:
         self.train()
         return self.evaluate()
 
-    def _choose(self) -> Chosen:
-        generator = np.random.default_rng(self.config.seed)
-        evaluation = self.config.evaluation
-        validation = self.split.validation
-        # One half of the validation users chooses; the other is left for calibration.
-        people = generator.permutation(np.unique(validation.user))
-        choosers = people[: max(1, len(people) // 2)] if len(people) else people
-        half = np.flatnonzero(np.isin(validation.user, choosers))
-        return Chosen(
-            training=_sample(self.split.training, self.config.training.rows, generator),
-            choosing=_sample(validation.take(half), evaluation.choosing_users, generator),
-            test=_sample(self.split.test, evaluation.users, generator),
-        )
-
     def _retriever(self, part: str) -> retrieval.Retriever:
         """Fitted on what `part` ("training", "validation", "test") may see; its encoder is kept in the run's folder."""
         seen: np.ndarray = getattr(self.split, f"seen_{part}")
-        folder = self.workspace.run(RUN)
+        folder = self.folder
         mix, encoder = Choices.read(folder).retrieval, None
         if mix.epochs:
             file = encoder_file(folder, part)
@@ -308,28 +379,29 @@ class Pipeline:
     def _place(self, scorer: protocol.Scorer) -> protocol.Places:
         return protocol.place_targets(self.histories, self.chosen.test, scorer, self.config.retrieval.repeats)
 
-    def _records(self) -> list[TrainingRecord]:
-        """The training rows. Negatives come from a retriever that has not seen the training targets."""
-        targets = self.chosen.training
-        if len(targets) == 0:
-            return []
-        states, low = users.load_states(self.workspace, self.catalogue), low_rating(self.histories)
+    @cached_property
+    def training_targets(self) -> Targets:
+        """The events that fine-tuning learns from; none with training.rows=0."""
+        if not self.config.training.rows or not len(self.split.training):
+            return self.split.training.take(np.zeros(0, dtype=np.int64))
         retriever = self._retriever("training")
-        seen, wanted = protocol.histories_of(self.histories, targets), protocol.target_items(self.histories, targets)
-        negatives = retriever.negatives(seen, wanted, self.config.training.negatives, self.config.seed)
-        return [
-            training_record(
-                self._state(states, int(user), int(position), int(end)),
-                self.catalogue,
-                int(position),
-                int(positive),
-                [int(i) for i in row],
-                history[~disliked_events(self.histories, user, low)[: len(history)]],
-            )
-            for user, position, end, positive, row, history in zip(
-                targets.user, targets.position, targets.end, wanted, negatives, seen, strict=True
-            )
-        ]
+        return training_rows.choose_targets(self.split.training, retriever, self.histories, self.config)
+
+    @cached_property
+    def _rows(self) -> training_rows.TrainingRows:
+        retriever = self._retriever("training")
+        return training_rows.draw_rows(self.training_targets, retriever, self.histories, self.split, self.config)
+
+    def _records(self) -> list[TrainingRecord]:
+        if not self.config.training.rows:
+            return []
+        states = users.load_states(self.workspace, self.catalogue)  # says if an earlier stage is missing
+        if not len(self.training_targets):
+            return []
+        teacher = rationales.load_teacher(self.config) if self.config.training.rationales == "model" else None
+        return training_rows.make_records(
+            self.workspace, self.catalogue, self.histories, self._rows, partial(self._state, states), teacher
+        )
 
     def _state(self, states: dict[tuple[str, int], UserState], user: int, position: int, end: int) -> UserState:
         """The state that a target sees, asked at the target's time."""
@@ -344,26 +416,36 @@ class Pipeline:
         wanted = protocol.target_items(self.histories, targets)
         return Lists(items_of_lists, scores, (items_of_lists == wanted[:, None]).any(1))
 
+    def _states(self, targets: Targets, lists: Lists) -> list[UserState]:
+        """What is told of the user of each list that holds its target."""
+        states, part = users.load_states(self.workspace, self.catalogue), targets.take(np.flatnonzero(lists.held))
+        who = zip(part.user.tolist(), part.position.tolist(), part.end.tolist(), strict=True)
+        return [self._state(states, user, position, end) for user, position, end in who]
+
     def _read(self, targets: Targets, lists: Lists, label: str) -> ranking.Candidates:
         """What the model says of the lists that hold their target; rows in the order of those."""
-        states = users.load_states(self.workspace, self.catalogue)
-        part = targets.take(np.flatnonzero(lists.held))
-        of_targets = [
-            self._state(states, int(user), int(position), int(end))
-            for user, position, end in zip(part.user, part.position, part.end, strict=True)
-        ]
         return ranking.score_lists(
             self.workspace,
             self.mllm,
             self.catalogue,
-            of_targets,
+            self._states(targets, lists),
             lists.items[lists.held],
             lists.scores[lists.held],
-            label,
+            f"{self.scope}: {label}" if self.scope else label,
         )
 
 
-def _sample(targets: Targets, limit: int | None, generator: np.random.Generator) -> Targets:
-    if limit is None or len(targets) <= limit:
-        return targets
-    return targets.take(np.sort(generator.permutation(len(targets))[:limit]))
+def _reliability(
+    calibrated: calibration.Calibration | None, scores: np.ndarray, is_target: np.ndarray
+) -> dict[str, float] | None:
+    """How far the chances stated for the test's candidates are from what happened, in lists that hold their target."""
+    if calibrated is None or is_target.size == 0:
+        return None
+    chances, rate = calibrated.chances(scores), float(is_target.mean())
+    return {
+        "lists": len(is_target),
+        "base_rate": rate,
+        "ece": calibration.expected_error(chances, is_target),
+        "brier": calibration.brier(chances, is_target),
+        "brier_of_base_rate": rate * (1 - rate),
+    }

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mllm_srec.data.dataset import Dataset, Histories
-from mllm_srec.data.split import Split, Targets, global_time, leave_last_out
+from mllm_srec.data.split import Split, Targets, global_time, leave_last_out, liked_only, rated
 from mllm_srec.errors import DataError, UsageError
 
 
@@ -93,6 +93,69 @@ def test_wrong_use_is_refused() -> None:
 def test_take_keeps_rows_together() -> None:
     targets = Targets(np.array([0, 1, 2]), np.array([3, 4, 5]), np.array([2, 4, 1]))
     assert rows(targets.take(np.array([2, 0]))) == [(2, 5, 1), (0, 3, 2)]
+
+
+# What was liked
+
+
+def rated_log(*users: list[float | None]) -> Histories:
+    """One list of ratings per user, oldest first; every event is of another item."""
+    rows = [(f"u{n}", f"i{n}-{at}", at, rating) for n, of in enumerate(users) for at, rating in enumerate(of)]
+    schema = {"user_id": pl.String, "item_id": pl.String, "timestamp": pl.Int64, "rating": pl.Float32}
+    log = pl.DataFrame(rows, schema=schema, orient="row")
+    return Dataset.build("shop", pl.DataFrame({"item_id": log["item_id"]}), log, has_time=True, root=None).histories()
+
+
+@pytest.mark.parametrize(
+    ("ratings", "high", "low"),
+    [
+        ([1, 2, 3, 4, 5], "00011", "11000"),  # the paper's thresholds: at least 4, at most 2
+        ([1, 1.5, 2.5, 3.5, 5], "00001", "11000"),
+        ([0.5, 1.5, 2, 4, 5], "00011", "11000"),  # 0.5 to 5: from 3.875 on, and up to 1.625
+        ([1, None, 5, 3], "0010", "1000"),  # what is not rated is neither
+        ([0, 1, 1], "011", "100"),
+        ([-10, -5, 0, 5, 10], "00011", "11000"),
+    ],
+)
+def test_what_is_rated_high_and_low_by_hand(ratings: list[float | None], high: str, low: str) -> None:
+    log = rated_log(ratings)
+    for told, upper in ((high, True), (low, False)):
+        found = rated(log, upper)
+        assert found.dtype == bool
+        assert "".join(str(int(value)) for value in found) == told
+
+
+@given(st.lists(st.lists(st.one_of(st.none(), st.integers(1, 5).map(float)), min_size=1, max_size=6), min_size=1))
+def test_nothing_is_rated_high_and_low_at_once(users: list[list[float | None]]) -> None:
+    log = rated_log(*users)
+    known = [rating for of in users for rating in of if rating is not None]
+    if len(set(known)) < 2:
+        with pytest.raises(UsageError, match="no ratings that differ"):
+            rated(log, high=True)
+        return
+    high, low = rated(log, high=True), rated(log, high=False)
+    assert high.any() and low.any() and not (high & low).any()
+    assert not (high | low)[np.isnan(log.rating)].any()
+
+
+def test_liked_targets_are_those_rated_high_and_all_is_seen_as_before() -> None:
+    # Six events before validation: the newest two are training targets.
+    log = rated_log([1, 5, 3, 5, 4, 2, 5, 4], [3, 3, 1, 5, 2, 4, 2, 3])
+    split = leave_last_out(log, "file_order", 3)
+    liked = liked_only(log, split)
+    assert rows(split.training) == [(0, 4, 4), (0, 5, 5), (1, 4, 4), (1, 5, 5)]
+    assert rows(liked.training) == [(0, 4, 4), (1, 5, 5)]
+    assert (rows(liked.validation), rows(liked.test)) == ([(0, 6, 6)], [(0, 7, 7)])
+    for name in ("seen_training", "seen_validation", "seen_test"):
+        np.testing.assert_array_equal(getattr(liked, name), getattr(split, name))
+    assert (liked.protocol, liked.users_too_short) == (split.protocol, split.users_too_short)
+
+
+@pytest.mark.parametrize("ratings", [[None, None, None], [3, 3, 3], [None, 4, 4]])
+def test_without_ratings_that_differ_nothing_was_liked(ratings: list[float | None]) -> None:
+    log = rated_log(ratings)
+    with pytest.raises(UsageError, match=r"no ratings that differ, so nothing says what was liked: use training\.task"):
+        liked_only(log, leave_last_out(log, "file_order", 3))
 
 
 logs = st.dictionaries(

@@ -1,9 +1,10 @@
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from mllm_srec.errors import ModelError
@@ -162,3 +163,79 @@ def test_without_adapter_the_model_reads_as_it_was_loaded(tmp_path: Path) -> Non
         assert mllm.identity == identity
     np.testing.assert_allclose(mllm.score([request])[0], adapted, atol=1e-6)
     assert mllm.identity == with_adapter
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_into_the_weights_an_adapter_gives_the_same_scores(kind: str, tmp_path: Path) -> None:
+    train(tiny_mllm(kind), tmp_path)
+    adapted, merged, by_peft = (tiny_mllm(kind) for _ in range(3))
+    plain = merged.score(ASKED)[0]
+    adapted.load_adapter(tmp_path)
+    # By hand: W + alpha / r * B A, where alpha is twice the rank.
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    layers = dict(merged.model.named_modules())
+    with torch.no_grad():
+        for name, down in weights.items():
+            if name.endswith(".lora_A.weight"):
+                up = weights[name.replace(".lora_A.", ".lora_B.")]
+                layers[name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")].weight += 2 * up @ down
+    by_peft.load_adapter(tmp_path)
+    whole = LocalMllm(by_peft._peft.merge_and_unload(), by_peft.renderer.processor, "merged")
+    for other in (merged, whole):
+        assert not any("lora_" in name for name, _ in other.model.named_parameters())
+        np.testing.assert_allclose(other.score(ASKED)[0], adapted.score(ASKED)[0], atol=1e-4)
+    assert np.abs(plain - adapted.score(ASKED)[0]).min() > 1e-3
+
+
+# The head start
+
+
+@pytest.fixture
+def head_start(tmp_path: Path) -> Path:
+    """A folder with an adapter of rank 2 for two layers, in half precision as it is shipped."""
+    train(tiny_mllm(), tmp_path / "head_start")
+    file = tmp_path / "head_start" / "adapter_model.safetensors"
+    save_file({name: weight.bfloat16() for name, weight in load_file(file).items()}, file)
+    return tmp_path / "head_start"
+
+
+def test_a_fresh_adapter_takes_the_head_starts_weights(head_start: Path) -> None:
+    loaded, begun = tiny_mllm(), tiny_mllm()
+    loaded.load_adapter(head_start)
+    begun.head_start = head_start
+    begun.attach_adapter(rank=2, top_layers=2, seed=9)
+    begun.take_head_start()
+    np.testing.assert_allclose(begun.score(ASKED)[0], loaded.score(ASKED)[0], atol=1e-5)
+    wanted = {name: weight.float() for name, weight in load_file(head_start / "adapter_model.safetensors").items()}
+    taken = {name: weight for name, weight in begun._peft.named_parameters() if weight.requires_grad}
+    assert len(taken) == len(wanted) == 28
+    for name, weight in taken.items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, wanted[name.replace(".default", "")])
+
+
+@pytest.mark.parametrize(("rank", "layers"), [(4, 2), (2, 1), (2, 3)])
+def test_a_head_start_of_another_form_changes_nothing_and_this_is_said(
+    rank: int, layers: int, head_start: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mllm = tiny_mllm()
+    before = mllm.score(ASKED)[0]
+    mllm.head_start = head_start
+    mllm.attach_adapter(rank=rank, top_layers=layers, seed=9)
+    mllm.take_head_start()
+    np.testing.assert_array_equal(mllm.score(ASKED)[0], before)
+    assert capsys.readouterr().err == "train: without the head start, which is for rank 16 and the last 12 layers\n"
+
+
+def test_a_model_without_head_start_begins_afresh(head_start: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mllm = tiny_mllm()
+    assert mllm.head_start_identity == ""
+    before = mllm.score(ASKED)[0]
+    mllm.attach_adapter(rank=2, top_layers=2, seed=9)
+    mllm.take_head_start()
+    np.testing.assert_array_equal(mllm.score(ASKED)[0], before)
+    assert capsys.readouterr().err == ""
+    other = tiny_mllm()
+    other.head_start = head_start
+    digest = hashlib.sha256((head_start / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert other.head_start_identity == digest[:16]

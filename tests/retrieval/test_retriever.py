@@ -1,10 +1,9 @@
 import numpy as np
-import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllm_srec.data.dataset import Dataset, Histories, Queries
+from mllm_srec.data.dataset import Histories, Queries
 from mllm_srec.errors import DataError
 from mllm_srec.retrieval import Likeness, Mix, Retriever, sequence, signals
 from small_logs import all_of, log, places
@@ -98,41 +97,6 @@ def test_a_new_item_is_found_by_its_content() -> None:
     of = fitted(log("abe", "bae", "ab"), vectors, Mix(1.0, 0.0, 0.0, 0))
     assert of.candidates([places("e")], 1)[0].item() != 5, "company comes first"
     assert of.mixed(Mix(4.0, 0.0, 0.0, 0)).candidates([places("e")], 1)[0].item() == 5
-
-
-@given(st.integers(0, 1000), st.integers(1, 3))
-def test_negatives_are_fresh_and_seeded(seed: int, count: int) -> None:
-    histories = log("abc", "bcd")
-    of = fitted(histories, mix=Mix(1.0, 0.0, 0.0, 0))
-    seen, targets = [places("ab"), places("f")], places("ca")
-    negatives = of.negatives(seen, targets, count, seed)
-    assert negatives.shape == (2, count)
-    for row, own, target in zip(negatives.tolist(), seen, targets.tolist(), strict=True):
-        assert len(set(row)) == count
-        assert not set(row) & {*own.tolist(), target}
-    np.testing.assert_array_equal(negatives, of.negatives(seen, targets, count, seed))
-
-
-def test_half_of_the_negatives_are_hard() -> None:
-    users, catalogue = 40, 400
-    ids = [f"i{n:03}" for n in range(catalogue)]
-    rows = [(f"u{u:02}", ids[n]) for u in range(users) for n in (0, *range(1 + u % 8, 9 + u % 8))]
-    frame = pl.DataFrame(rows, schema=["user_id", "item_id"], orient="row")
-    histories = Dataset.build("shop", pl.DataFrame({"item_id": ids}), frame, has_time=False, root=None).histories()
-    of = fitted(histories, np.eye(catalogue, dtype=np.float32))
-    seen = [np.array([0], dtype=np.int32)] * 50
-    negatives = of.negatives(seen, np.full(50, 399), 4, 0)
-    best = set(of.candidates(seen[:1], 16)[0][0].tolist())
-    hard = np.isin(negatives, list(best)).sum(1)
-    assert (hard >= 2).all()
-    assert hard.mean() < 3, "the other half comes from the whole catalogue"
-
-
-def test_too_small_a_catalogue_has_no_negatives() -> None:
-    histories = log("abc")
-    of = fitted(histories, mix=Mix(1.0, 0.0, 0.0, 0))
-    with pytest.raises(DataError, match=r"only 2 items can be negatives, 3 are asked for: lower training\.negatives"):
-        of.negatives([places("abc")], places("d"), 3, 0)
 
 
 def test_nearest_events_names_company_and_kin_or_nothing() -> None:

@@ -4,7 +4,7 @@
 `strict` only those with an earlier time, so that nothing tied with the target is seen.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -155,6 +155,35 @@ def global_time(histories: Histories, tie_rule: str, min_history: int) -> Split:
         users_too_short=int((lengths < min_history).sum()),
         targets_without_history=dropped[1] + dropped[2],
     )
+
+
+def rated(histories: Histories, high: bool) -> np.ndarray:
+    """bool (N,): the events rated in the upper quarter of the log's scale (`high`; 4 and 5 of 5), or in the lower one.
+
+    Raises:
+        UsageError: the log has no ratings, or all are the same.
+    """
+    known = histories.rating[~np.isnan(histories.rating)]
+    if len(known) == 0 or known.min() == known.max():
+        raise UsageError("the log has no ratings that differ, so nothing says what was liked: use training.task=next")
+    low, width = float(known.min()), float(known.max() - known.min())
+    rating = np.nan_to_num(histories.rating, nan=low + width / 2)
+    found: np.ndarray = rating >= low + 0.75 * width if high else rating <= low + 0.25 * width
+    return found
+
+
+def liked_only(histories: Histories, split: Split) -> Split:
+    """The split of the task `liked`: targets are events that were rated high; what may be seen stays.
+
+    Raises:
+        UsageError: the log has no ratings.
+    """
+    high = rated(histories, high=True)
+
+    def kept(targets: Targets) -> Targets:
+        return targets.take(np.flatnonzero(high[histories.offsets[targets.user] + targets.position]))
+
+    return replace(split, training=kept(split.training), validation=kept(split.validation), test=kept(split.test))
 
 
 def _check(histories: Histories, tie_rule: str) -> None:

@@ -32,6 +32,41 @@ class Places:
     ties: np.ndarray
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """The targets that a run looks at, seeded samples: one half of the validation users chooses, the other one
+    calibrates."""
+
+    choosing: Targets
+    calibrating: Targets
+    test: Targets
+
+    @classmethod
+    def of(cls, split: Split, config: Config) -> "Chosen":
+        """At most evaluation.choosing_users, half as many, and evaluation.users targets."""
+        generator, evaluation = np.random.default_rng(config.seed), config.evaluation
+        people = generator.permutation(np.unique(split.validation.user))
+        choosers = people[: max(1, len(people) // 2)] if len(people) else people
+        half = np.isin(split.validation.user, choosers)
+        first, second = (split.validation.take(np.flatnonzero(rows)) for rows in (half, ~half))
+        return cls(
+            choosing=_sample(first, evaluation.choosing_users, generator),
+            calibrating=_sample(second, max(1, evaluation.choosing_users // 2), generator),
+            test=_sample(split.test, evaluation.users, generator),
+        )
+
+    @property
+    def parts(self) -> dict[str, Targets]:
+        """The targets by the name of what their lists are read for."""
+        return {"validation": self.choosing, "calibration": self.calibrating, "test": self.test}
+
+
+def _sample(targets: Targets, limit: int | None, generator: np.random.Generator) -> Targets:
+    if limit is None or len(targets) <= limit:
+        return targets
+    return targets.take(np.sort(generator.permutation(len(targets))[:limit]))
+
+
 def place_targets(histories: Histories, targets: Targets, scorer: Scorer, repeats: bool = False) -> Places:
     """Where `scorer` puts each target in the full catalogue, items of its own history masked unless `repeats`."""
     greater, ties = [], []

@@ -38,6 +38,9 @@ TRAINED = Path(__file__).parent / "trained" / "embedded.safetensors"
 """`table.*`: parameters of the visual table; `lora.NAME.A` (r, in) and `lora.NAME.B` (out, r), scale included: the
 language model's layer NAME gains B @ A. Metadata: the names that the classifiers' outputs stand for."""
 
+HEAD_START = TRAINED.parent / "recommender"
+"""Folder of the adapter that fine-tuning of the recommender begins with (tools/train_recommender.py)."""
+
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 IMAGE_TOKEN = "<filename>"
 """A special token that SmolLM2 does not use in a chat."""

@@ -62,7 +62,12 @@ def load_mllm(config: ModelConfig) -> LocalMllm | RemoteMllm:
             f"model {config.name!r} lacks {len(missing)} of its weights ({', '.join(missing[:3])} ...): "
             "the folder is incomplete or holds a model of another kind"
         )
-    return LocalMllm(model.to(device), processor, weights_identity(folder), config.batch_size)
+    mllm = LocalMllm(model.to(device), processor, weights_identity(folder), config.batch_size)
+    if config.name == "embedded":
+        from mllm_srec.mllm.embedded import HEAD_START
+
+        mllm.head_start = HEAD_START if HEAD_START.exists() else None
+    return mllm
 
 
 def trainable(mllm: LocalMllm | RemoteMllm) -> LocalMllm:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from mllm_srec.mllm import asking, attention, scoring
 from mllm_srec.mllm.base import Answer, Picture, Prompt, Question, Request
 from mllm_srec.mllm.pieces import Piece
 from mllm_srec.mllm.rendering import Renderer
+from mllm_srec.progress import say
 
 IN_TRAINING = "in training"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 HEAD_ROWS = 512
 """Positions whose logits over the whole vocabulary stand in memory at once."""
 
@@ -36,6 +39,8 @@ class LocalMllm:
         self._peft: Any = None
         self.prefixes: scoring.Recent[scoring.Prefix] = scoring.Recent(scoring.KEPT_BYTES["prefixes"])
         self.looks: scoring.Recent[Piece] = scoring.Recent(scoring.KEPT_BYTES["looks"])
+        self.head_start: Path | None = None
+        """Folder of the adapter that a training begins with, for a model that ships with one."""
         self.checked: set[str] = set()
         """Identities whose packed scores were compared with separate prompts (`guard.check_once`)."""
         self.model.get_decoder().set_attn_implementation(attention.NAME)
@@ -158,6 +163,27 @@ class LocalMllm:
         self._adapter_identity = IN_TRAINING
         return self._peft
 
+    @cached_property
+    def head_start_identity(self) -> str:
+        """Content hash of the head start's weights; "" without one."""
+        if self.head_start is None:
+            return ""
+        return hashlib.sha256((self.head_start / ADAPTER_WEIGHTS).read_bytes()).hexdigest()[:16]
+
+    def take_head_start(self) -> None:
+        """Give the attached adapter the head start's weights; said and left out where it has another form."""
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        if self.head_start is None:
+            return
+        shapes = {name: tuple(w.shape) for name, w in get_peft_model_state_dict(self._peft).items()}
+        weights = load_file(self.head_start / ADAPTER_WEIGHTS)
+        if shapes != {name: tuple(weight.shape) for name, weight in weights.items()}:
+            say("train: without the head start, which is for rank 16 and the last 12 layers")
+            return
+        set_peft_model_state_dict(self._peft, {name: weight.float() for name, weight in weights.items()})
+
     def load_adapter(self, folder: Path) -> None:
         """Attach the adapter saved in `folder` (safetensors) for use.
 
@@ -169,7 +195,7 @@ class LocalMllm:
         from safetensors.torch import load
 
         self.drop_adapter()
-        file = folder / "adapter_model.safetensors"
+        file = folder / ADAPTER_WEIGHTS
         if not file.is_file():
             raise ModelError(f"{folder} holds no adapter ({file.name}): train again")
         weights = file.read_bytes()

@@ -257,35 +257,6 @@ class Retriever:
         items = self._items if encoder else np.zeros((len(self.popularity), 0), dtype=np.float32)
         return np.concatenate([items, self._trend[-1][:, None], self._order[:, None]], axis=1)
 
-    def negatives(self, histories: Sequence[np.ndarray], targets: np.ndarray, count: int, seed: int) -> np.ndarray:
-        """int32 (B, count): items outside history and target, each once; half from the best candidates, half uniform.
-
-        The hard half is drawn from the 4 * count best, so that one list of look-alikes does not stand for all.
-
-        Raises:
-            DataError: the catalogue is too small.
-        """
-        generator = np.random.default_rng(seed)
-        hard = (count + 1) // 2
-        negatives = np.zeros((len(histories), count), dtype=np.int32)
-        for start, block in self._blocks(histories):
-            for at, (row, history) in enumerate(zip(self.scores(block), block, strict=True), start=start):
-                free = np.ones(len(row), dtype=bool)
-                free[history] = False
-                free[targets[at]] = False
-                open_items = np.flatnonzero(free)
-                if len(open_items) < count:
-                    raise DataError(
-                        f"only {len(open_items)} items can be negatives, {count} are asked for: "
-                        "lower training.negatives"
-                    )
-                likely = open_items[np.argsort(-row[open_items], kind="stable")[: 4 * count]]
-                chosen = generator.permutation(likely)[:hard]
-                free[chosen] = False
-                rest = generator.choice(np.flatnonzero(free), count - len(chosen), replace=False)
-                negatives[at] = np.concatenate([chosen, rest])
-        return negatives
-
     def nearest_events(self, history: np.ndarray, item: int) -> tuple[int | None, int | None]:
         """The history item that occurs most with `item`, and the one closest to it in content; None where none does."""
         if len(history) == 0:
