@@ -132,6 +132,25 @@ def open_picture(data: bytes, max_side: int) -> Image.Image:
         raise PictureError("damaged", message) from error
 
 
+def add_noise(data: bytes, deviation: float, max_side: int, seed: int) -> bytes:
+    """A picture with independent normal noise on every value, as PNG; the same seed gives the same bytes.
+
+    Args:
+        data: content of the file, as for `open_picture`.
+        deviation: standard deviation of the noise in levels of 0 to 255; what leaves that range is cut off.
+        max_side: the long side is reduced to this many pixels first: noise on finer ones would average out where a
+            model reduces the picture.
+
+    Raises:
+        PictureError: as `open_picture`.
+    """
+    pixels = np.asarray(open_picture(data, max_side), dtype=np.float64)
+    noised = pixels + np.random.default_rng(seed).normal(0.0, deviation, pixels.shape)
+    stream = io.BytesIO()
+    Image.fromarray(np.rint(noised).clip(0, 255).astype(np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
 def _read(image: str, root: Path) -> bytes:
     try:
         root = root.resolve()
