@@ -16,6 +16,7 @@ from PIL import Image
 
 from conftest import Command
 from mllm_srec import Recommender, Workspace, __version__
+from mllm_srec.config import load_config
 from mllm_srec.data.images import MAX_RATIO
 from mllm_srec.recommender import Recommendation
 from mllm_srec.users import WINDOWS
@@ -126,6 +127,13 @@ def test_stages_one_by_one_end_where_run_ends(command: Command, finished: Path, 
     result = json.loads(ended.out, parse_constant=pytest.fail)
     assert result == json.loads((finished / "runs/main/metrics.json").read_text())
     assert result == json.loads((folder / "runs/main/metrics.json").read_text())
+
+
+@pytest.mark.parametrize("preset", ["tallrec", "mllm-msr"])
+def test_ingest_takes_the_preset_of_a_predecessor(command: Command, tmp_path: Path, preset: str) -> None:
+    ended = command("ingest", write_shop(tmp_path / "data"), tmp_path / "ws", "--preset", preset)
+    assert ended.code == 0, ended.err
+    assert Workspace.open(tmp_path / "ws").config == load_config(preset=preset)
 
 
 def test_run_prints_json_for_programs(command: Command, copied: Path) -> None:

@@ -58,7 +58,12 @@ def ingest(
     fmt: Annotated[
         str, typer.Option("--format", help="auto, table, movielens, amazon, hm, microlens or recbole.")
     ] = "auto",
-    preset: Annotated[str, typer.Option(help="embedded (two CPU cores), gpu or server.")] = "embedded",
+    preset: Annotated[
+        str,
+        typer.Option(
+            help="embedded (two CPU cores), gpu or server; tallrec or mllm-msr: as these systems rank, embedded model."
+        ),
+    ] = "embedded",
     config: ConfigOption = None,
     on_bad_row: Annotated[str | None, typer.Option(help="stop or skip; skipped rows are counted and listed.")] = None,
     change: SetOption = None,
@@ -117,12 +122,19 @@ def _change_config(workspace: Any, change: list[str] | None) -> None:
         workspace.save_config(settings)
 
 
-def _stage(path: Path, change: list[str] | None, name: str, *arguments: str) -> Any:
-    """Run one stage, by its method's name, under the workspace's lock."""
+def _stage(path: Path, change: list[str] | None, name: str, *arguments: str | bool) -> Any:
+    """Run one stage, by its method's name, under the workspace's lock.
+
+    Under `accelerate launch` the first process holds it and writes; the others only compute.
+    """
+    from mllm_srec.config import load_config
     from mllm_srec.pipeline import Pipeline
     from mllm_srec.workspace import Workspace
 
     workspace = Workspace.open(path)
+    if os.environ.get("RANK", "0") != "0":
+        settings = load_config(workspace.root / "config.yaml", overrides=tuple(change or ()))
+        return getattr(Pipeline(workspace.configured(settings)), name)(*arguments)
     with workspace.writing():
         _change_config(workspace, change)
         pipeline: Pipeline = Pipeline(workspace)
@@ -169,13 +181,48 @@ def train(workspace: WorkspaceArgument, change: SetOption = None) -> None:
 
 
 @app.command()
-def evaluate(workspace: WorkspaceArgument, change: SetOption = None, as_json: JsonOption = False) -> None:
+def evaluate(
+    workspace: WorkspaceArgument,
+    as_ladder: Annotated[
+        bool,
+        typer.Option(
+            "--ladder",
+            help="Instead: what each part of the system adds, from titles to the whole, every rung fine-tuned. Takes "
+            "as long as eight trainings; interrupted, the same command goes on.",
+        ),
+    ] = False,
+    with_robustness: Annotated[
+        bool,
+        typer.Option(
+            "--robustness",
+            help="Also read test lists with 10, 30 and 50 % of the pictures missing, swapped and noised.",
+        ),
+    ] = False,
+    change: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Full-catalogue metrics of every system on the same users."""
-    result = _stage(workspace, change, "evaluate")
+    if as_ladder and with_robustness:
+        from mllm_srec.errors import UsageError
+
+        raise UsageError("give --ladder or --robustness, not both: the ladder is another run")
+    result = _ladder(workspace, change) if as_ladder else _stage(workspace, change, "evaluate", with_robustness)
     if as_json:
         typer.echo(json.dumps(result, indent=2))
+    elif as_ladder:
+        print_ladder(result)
     else:
         print_metrics(result)
+
+
+def _ladder(path: Path, change: list[str] | None) -> dict[str, Any]:
+    from mllm_srec import ladder
+    from mllm_srec.workspace import Workspace
+
+    workspace = Workspace.open(path)
+    with workspace.writing():
+        _change_config(workspace, change)
+        return ladder.run(workspace)
 
 
 @app.command()
@@ -323,6 +370,44 @@ def print_metrics(result: dict[str, Any]) -> None:
         f"{result['targets_among_candidates']:.1%} of the targets. Chosen on {result['choosing_targets']} targets of "
         f"validation, {result['choosing_targets_among_candidates']} of them among their candidates: "
         f"retrieval {chosen['retrieval']}, fusion {chosen['fusion']}.",
+        highlight=False,
+    )
+
+
+def print_ladder(result: dict[str, Any]) -> None:
+    """A table per reading: mean [95 % interval] per rung, its gain over the one before and over the first rung."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mllm_srec.ladder import BASE, CUTOFF, FULL, PREDECESSORS
+
+    about = result["conditions"]
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    metrics = (f"Recall@{CUTOFF}", f"NDCG@{CUTOFF}")
+
+    def told(row: dict[str, Any], key: str) -> str:
+        if key not in row:
+            return ""
+        share = "" if row[key]["relative"] is None else f"{row[key]['relative']:+.1%}, "
+        return f"{row[key]['gain']:+.4f} ({share}p = {row[key]['p']:.3f})"
+
+    for reading, rows in result["systems"].items():
+        table = Table(title=f"{about['data']}, {reading}: {about['targets']} targets of {about['users']} users")
+        table.add_column("rung")
+        for name in (*(f"{metric} [95 %]" for metric in metrics), "NDCG over the row before", f"NDCG over {BASE}"):
+            table.add_column(name, justify="right")
+        for name, row in rows.items():
+            if name == next(iter(PREDECESSORS)):
+                table.add_section()
+            means = [f"{row[m]['mean']:.4f} [{row[m]['low']:.4f}, {row[m]['high']:.4f}]" for m in metrics]
+            table.add_row(name, *means, told(row, "over_before"), told(row, "over_base"))
+        console.print(table)
+        for name in PREDECESSORS:
+            console.print(f"{FULL} over {name}: {told(rows[name], 'full_over')}", highlight=False)
+    console.print(
+        f"The first {about['reranked']} of retrieval are reranked on every rung and hold "
+        f"{result['targets_among_candidates']:.1%} of the targets. Gains are paired, of NDCG@{CUTOFF}; "
+        f"intervals: {about['intervals']}.",
         highlight=False,
     )
 
