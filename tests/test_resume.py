@@ -10,13 +10,14 @@ import time
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
 import pytest
 
 from mllm_srec import catalogue, items, ranking, users
 from mllm_srec.config import load_config
 from mllm_srec.errors import StoreError
 from mllm_srec.pipeline import Pipeline
-from mllm_srec.workspace import Workspace
+from mllm_srec.workspace import Counts, Job, Table, Workspace
 
 TABLES = (
     items.ITEM_TEXTS,
@@ -176,3 +177,20 @@ def test_an_adapter_of_other_rows_or_settings_is_not_evaluated(copied: Path) -> 
     shutil.rmtree(copied / "runs/main/adapter")
     with pytest.raises(StoreError, match="adapter is missing"):
         Pipeline(Workspace.open(copied)).evaluate()
+
+
+def test_a_table_that_was_half_made_is_made_anew(copied: Path) -> None:
+    workspace = Workspace.open(copied)
+    half = copied / "store" / "notes.lance" / "_versions"
+    half.mkdir(parents=True)
+    (half / "1.manifest.tmp").write_bytes(b"\0")
+    notes = Table("notes", pa.schema([("text", pa.string())]))
+    made = workspace.produce(
+        notes,
+        [Job("k", "f", None)],
+        lambda jobs: [{"status": "ok", "reason": "", "text": "kept"} for _ in jobs],
+        1,
+        "notes",
+    )
+    assert made == Counts(0, 1, 0)
+    assert Workspace.open(copied).rows(notes)["text"].to_list() == ["kept"]

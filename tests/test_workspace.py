@@ -409,6 +409,10 @@ def test_the_lock_nests_and_is_released(shop: Workspace) -> None:
             Workspace.open(shop.root).writing(),
         ):
             pass
+        other = Workspace.open(shop.root)
+        assert other.produce(WORDS, make_jobs(1), Compute(), 4, "words") == Counts(1, 0, 0)  # reading needs no lock
+        with pytest.raises(StoreError, match="another process"):
+            other.produce(WORDS, make_jobs(2), Compute(), 4, "words")
     with Workspace.open(shop.root).writing():
         pass
 

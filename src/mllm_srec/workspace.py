@@ -15,8 +15,9 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -152,6 +153,12 @@ class Workspace:
             atomic_write(self.root / CONFIG, dump_config(config))
             self.config = config
 
+    def configured(self, config: Config) -> "Workspace":
+        """The same folder, rows and lock under another configuration; config.yaml stays as it is."""
+        other = copy(self)
+        other.config = config
+        return other
+
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Hold the workspace's lock; it may be nested, and ends with the process, however that ends.
@@ -271,13 +278,13 @@ class Workspace:
         keys = [job.key for job in jobs]
         if len(set(keys)) < len(keys):
             raise ValueError(f"{label}: two jobs have the key {Counter(keys).most_common(1)[0][0]!r}")
+        if not _stale(jobs, self._marks(table)):  # no lock: where nothing is written, another process may hold it
+            say(f"{label}: {len(jobs):,} rows reused")
+            return Counts(len(jobs), 0, 0)
         with self.writing():
             marks = self._marks(table)
-            stale = {job.key for job in jobs if marks.get(job.key) != job.fingerprint}
+            stale = _stale(jobs, marks)
             reused = len(jobs) - len(stale)
-            if not stale:
-                say(f"{label}: {reused:,} rows reused")
-                return Counts(reused, 0, 0)
             pending = _Pending(self._made_table(table), table, self._place(table.name), set(marks))
             failed = 0
             with Bar(label, len(stale)) as bar:
@@ -316,7 +323,12 @@ class Workspace:
 
     def _made_table(self, table: Table) -> Any:
         with storing(self._place(table.name)):
-            return self._open_table(table.name) or self._store.create_table(table.name, schema=table.schema)
+            found = self._open_table(table.name)
+            if found is not None:
+                return found
+            # What a process left that was killed while it made the table: neither to be opened nor to be made.
+            shutil.rmtree(self._place(table.name), ignore_errors=True)
+            return self._store.create_table(table.name, schema=table.schema)
 
     def _open_table(self, name: str) -> Any:
         with self._reading(name):
@@ -414,6 +426,11 @@ def _locked(lock: FileLock, folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _stale(jobs: Sequence[Job], marks: Mapping[str, str | None]) -> set[str]:
+    """Keys of the jobs that have no row made of the same."""
+    return {job.key for job in jobs if marks.get(job.key) != job.fingerprint}
 
 
 def _clear(partial: Path) -> None:
