@@ -7,7 +7,7 @@ DEMO ?= build/demo
 DATA ?=
 WS ?= build/real/$(notdir $(patsubst %/,%,$(DATA)))
 
-.PHONY: setup demo test check browser real bench bench-items bench-users bench-scoring bench-training bench-metrics bench-retrieval peers train-embedded clean
+.PHONY: setup demo test check browser real bench bench-items bench-users bench-recommender bench-scoring bench-training bench-metrics bench-retrieval peers train-embedded clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -54,6 +54,11 @@ bench-items: setup
 # Figures of docs/users.md: make bench-users DATA=folder with ml100k_posters and hm_sample (about three hours on one core).
 bench-users: setup
 	$(BIN)/python benchmarks/users.py --data $(DATA)
+
+# Figures of docs/recommender.md beside those of `make real` and `evaluate --ladder`: make bench-recommender DATA=folder with
+# ml100k_posters and hm_sample (hours; goes on where it was stopped).
+bench-recommender: setup
+	$(BIN)/python benchmarks/recommender.py --data $(DATA)
 
 # Figures of docs/performance.md: scoring three quarters of an hour, training a quarter; both go on where they were stopped.
 bench-scoring: setup

@@ -1,0 +1,216 @@
+"""The measures of the recommender that a run's own report does not hold, on the real sets and the sample shop.
+
+    python benchmarks/recommender.py --data ../shared/data [--sections sampled,calibration] [--sets hm_sample]
+                                     [--real build/real] [--work build/bench_recommender] [--json]
+
+REAL/SET is the workspace that `make real` finishes; it is made and run where it is missing, and else used as it is.
+What the model says is kept in WORK under the hash of what it was asked, so a killed run goes on where it was.
+`--limit N` looks at N users, lists or pairs only: a quick look, no result. Threads are those of the environment
+(OMP_NUM_THREADS).
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import SEED, Bench, Figure, above_zero, at_most, difference, figure, machine, report, show, shown
+from recommender_faithful import faithful, show_faithful
+from recommender_lists import Places, opened, queries_of, read_lists, states, systems
+from recommender_shop import lost, show_lost
+from users_common import REAL, Case, Log, sample
+
+from mllm_srec import metrics
+from mllm_srec.calibration import expected_error, fit, sigmoid
+from mllm_srec.data.split import Targets
+
+TARGETS = 300
+"""Test targets of each set, and as many validation targets that calibrate."""
+NEGATIVES = 20
+CUTOFF = 5
+ERROR_MARK = 0.05
+
+
+# One positive and 20 uniform negatives
+
+
+def sampled(bench: Bench, places: Places) -> dict[str, Any]:
+    """Per set: AUC, HR@5, MRR@5 of the target among `NEGATIVES` uniform negatives.
+
+    For comparison with tables that are made so. Among sampled negatives systems can stand in another order than in the
+    full catalogue (Krichene & Rendle, KDD 2020).
+    """
+    return {name: measure_sampled(bench, opened(bench, place)) for name, place in places.items()}
+
+
+def measure_sampled(bench: Bench, log: Log) -> dict[str, Any]:
+    """All systems on the same lists."""
+    cases = log.cases(sample(bench, log.pipeline.chosen.test, TARGETS))
+    generator = np.random.default_rng(SEED)
+    items = np.array([[case.target, *negatives(case, len(log.catalogue.ids), generator)] for case in cases])
+    scores = np.take_along_axis(log.pipeline._retriever("test").scores(queries_of(cases)), items, axis=1)
+    read = read_lists(bench, log, states(bench, log, cases, "test"), items, scores, "uniform negatives")
+    of_systems = {"chance": np.zeros(items.shape), **systems(bench, log, read)}
+    users = [case.user for case in cases]
+    return {"targets": len(cases), "systems": {name: placed(of, users) for name, of in of_systems.items()}}
+
+
+def negatives(case: Case, count: int, generator: np.random.Generator) -> np.ndarray:
+    """int (NEGATIVES,): items of a catalogue of `count` that the user has not chosen, before the target or after, each
+    as likely as the other, none twice.
+
+    Raises:
+        ValueError: there are not as many.
+    """
+    free = np.setdiff1d(np.arange(count), [*case.history.items.tolist(), case.target])
+    if len(free) < NEGATIVES:
+        raise ValueError(f"user {case.history.user_id!r} has left {len(free)} items: {NEGATIVES} negatives are needed")
+    return generator.choice(free, NEGATIVES, replace=False)
+
+
+def placed(scores: np.ndarray, users: Sequence[int]) -> dict[str, Figure]:
+    """The metrics of lists (B, K) whose target stands first in `scores`, ties by expectation."""
+    greater, ties = metrics.places(scores, np.zeros(len(scores), dtype=np.int64))
+    return {
+        "AUC": figure(metrics.auc(greater, ties, scores.shape[1]), users),
+        f"HR@{CUTOFF}": figure(metrics.hit_rate(greater, ties, CUTOFF), users),
+        f"MRR@{CUTOFF}": figure(metrics.mrr(greater, ties, CUTOFF), users),
+    }
+
+
+def show_sampled(result: dict[str, Any]) -> None:
+    """One table per set."""
+    for name, of in result.items():
+        title = f"sampled, {name}: {of['targets']} test targets, each among {NEGATIVES} uniform negatives"
+        columns = list(of["systems"]["chance"])
+        rows = [(system, *(shown(row[column]) for column in columns)) for system, row in of["systems"].items()]
+        show(title, ("system", *columns), rows)
+
+
+# Calibration
+
+
+def calibration(bench: Bench, places: Places) -> dict[str, Any]:
+    """Per set: how far the chances of candidates are from what happens."""
+    return {name: measure_calibration(bench, opened(bench, place)) for name, place in places.items()}
+
+
+def measure_calibration(bench: Bench, log: Log) -> dict[str, Any]:
+    """Fitted on validation users who chose nothing, reported on the test: over all lists, where a target outside its
+    list leaves only misses, and over the lists that hold their target."""
+    chosen, validation = log.pipeline.chosen, log.split.validation
+    # The half that chose may be sampled; who was left out of it chose nothing either.
+    calibrating = validation.take(np.flatnonzero(~np.isin(validation.user, chosen.choosing.user)))
+    fitted_on, told = lists_of(bench, log, calibrating, "validation"), lists_of(bench, log, chosen.test, "test")
+    return {
+        "all lists": reliability(fitted_on, told),
+        "lists that hold their target": reliability(held(fitted_on), held(told)),
+    }
+
+
+Judged = dict[str, np.ndarray]
+"""fused float64 (B, K), odds float32 (B, K), is_target bool (B, K), user int (B,)."""
+
+
+def lists_of(bench: Bench, log: Log, targets: Targets, part: str) -> Judged:
+    """Lists of a sample of `targets` from the retriever of `part`, all of them read."""
+    cases = log.cases(sample(bench, targets, TARGETS))
+    queries = queries_of(cases)
+    items, scores = log.pipeline._retriever(part).candidates(queries, log.pipeline.config.retrieval.candidates)
+    read = read_lists(bench, log, states(bench, log, cases, part), items, scores, f"{part} lists")
+    return {
+        "fused": systems(bench, log, read)["fused"],
+        "odds": read.odds,
+        "is_target": items == np.array([case.target for case in cases])[:, None],
+        "user": np.array([case.user for case in cases]),
+    }
+
+
+def held(lists: Judged) -> Judged:
+    """Those that hold their target."""
+    rows = lists["is_target"].any(1)
+    return {name: values[rows] for name, values in lists.items()}
+
+
+def reliability(fitted_on: Judged, told: Judged) -> dict[str, Any]:
+    """Of `told`: the fused score's chances by Platt scaling on `fitted_on`, and the odds as they are.
+
+    The Brier score is compared with that of stating the test's own base rate each time.
+    """
+    is_target = told["is_target"]
+    counts = {"calibrating": len(fitted_on["user"]), "lists": len(is_target), "targets": int(is_target.sum())}
+    if not fitted_on["is_target"].any() or not is_target.any():
+        return counts  # no list holds its target: there is nothing to fit or to judge
+    found = fit(fitted_on["fused"], fitted_on["is_target"])
+    users = np.repeat(told["user"], is_target.shape[1])
+    base = np.full(is_target.shape, is_target.mean())
+    chances = {"fused, calibrated": found.chances(told["fused"]), "odds as they are": sigmoid(told["odds"])}
+    squares = {name: ((of - is_target) ** 2).ravel() for name, of in {"base rate": base, **chances}.items()}
+    errors: dict[str, Figure] = {
+        name: {"value": expected_error(of, is_target), "n": of.size} for name, of in chances.items()
+    }
+    errors["fused, calibrated"] = at_most(errors["fused, calibrated"], ERROR_MARK)
+    gains = {name: difference(squares["base rate"], squares[name], users) for name in chances}
+    gains["fused, calibrated"] = above_zero(gains["fused, calibrated"])
+    return {
+        **counts,
+        "slope": found.slope,
+        "intercept": found.intercept,
+        "base rate": float(base[0, 0]),
+        "expected error": errors,
+        "brier": {name: figure(of, users.tolist()) for name, of in squares.items()},
+        "base rate - brier": gains,
+    }
+
+
+def show_calibration(result: dict[str, Any]) -> None:
+    """One table per set and kind of lists."""
+    for name, of_set in result.items():
+        for what, of in of_set.items():
+            title = f"calibration, {name}, {what}: fitted on {of['calibrating']}, {of['lists']} of the test"
+            if "slope" not in of:
+                print(f"{title}: no list holds its target, nothing to fit or to judge\n")
+                continue
+            title += f" with {of['targets']} targets; chance = sigmoid({of['slope']:.3f} s {of['intercept']:+.3f})"
+            rows = [("base rate", "", shown(of["brier"]["base rate"], 4), "")]
+            rows += [
+                (label, shown(error), shown(of["brier"][label], 4), shown(of["base rate - brier"][label], 5))
+                for label, error in of["expected error"].items()
+            ]
+            show(title, ("chance", "expected error", "Brier score", "base rate's - its own"), rows)
+
+
+SECTIONS = {
+    "sampled": (sampled, show_sampled),
+    "faithful": (faithful, show_faithful),
+    "calibration": (calibration, show_calibration),
+    "shop": (lost, show_lost),
+}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with ml100k_posters/ and hm_sample/")
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="comma-separated, default: all")
+    parser.add_argument("--sets", default=",".join(REAL), help="real sets, comma-separated, default: all")
+    parser.add_argument("--real", type=Path, default=Path("build/real"), help="folder of the sets' workspaces")
+    parser.add_argument("--work", type=Path, default=Path("build/bench_recommender"))
+    parser.add_argument("--limit", type=int, default=0, help="0: everything")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    options = parser.parse_args()
+    names, sets = options.sections.split(","), options.sets.split(",")
+    for what, given, known in (("section", names, SECTIONS), ("set", sets, REAL)):
+        if unknown := [name for name in given if name not in known]:
+            parser.error(f"unknown {what} {unknown[0]!r}: choose from {', '.join(known)}")
+    bench = Bench(options.data, options.work, options.limit)
+    places = {name: options.real / name for name in sets}
+    opened_sets = places if set(names) - {"shop"} else {}
+    models = {name: opened(bench, place).mllm.identity for name, place in opened_sets.items()}
+    head = {"machine": machine(), "models": models, "limit": options.limit}
+    report(head, models, SECTIONS, names, options.json, bench, places)
+
+
+if __name__ == "__main__":
+    main()
