@@ -98,6 +98,7 @@ def test_only_targets_that_retrieval_finds_are_learnt_from(
 def test_targets_are_a_seeded_sample_of_what_the_lists_hold(
     users: list[str], candidates: int, count: int, seed: int
 ) -> None:
+    users = [*users, "abcde"]  # one who leaves events to fit on
     rows = {f"u{n}": [(item, at, None) for at, item in enumerate(items)] for n, items in enumerate(users)}
     log = make_dataset(Path(), [{"item_id": item} for item in IDS], rows).histories()
     split = leave_last_out(log, "file_order", 3)

@@ -202,6 +202,30 @@ def test_training_and_ranking_read_the_same_tokens_up_to_the_label(kind: str) ->
     assert rest == []
 
 
+def test_where_ranking_shows_pictures_rationales_stand_where_reasons_are_asked(
+    mllm: LocalMllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = CATALOGUE.shown.model_copy(update={"picture": True})
+    pictures = ["red", "blue", None, "red"]
+    shop = replace(CATALOGUE, pictures=pictures, shown=shown, open_picture=lambda colour: drawing(colour).data)
+    state = make_state("hat", "red")
+    row = training_record(state, shop, state.end, [3, 2, 1], ["Why. Yes", "Why not. No"])
+    assert [isinstance(candidate, str) for candidate in row.request.candidates] == [False, True, False]
+    read_segments, segments = tuning.read_segments, []
+
+    def watch(*given: Any) -> Any:
+        segments.extend([token for piece in pieces for token in piece.ids.tolist()] for pieces in given[2])
+        return read_segments(*given)
+
+    monkeypatch.setattr(tuning, "read_segments", watch)
+    row_loss(mllm, row)
+    prompt, questions = explain_questions(state, shop, [3, 2])
+    prefix = mllm.renderer.encode_request(row.request).prefix["input_ids"].shape[1]
+    for segment, question, (_, text) in zip(segments[3:], questions, row.cot, strict=True):
+        asked = read_by(mllm, lambda question=question: mllm.ask([prompt], [question], 1))[prefix:]
+        assert segment == asked + mllm.renderer.ids(mllm.renderer.lead + text)
+
+
 def test_a_model_that_knows_nothing_pays_the_logarithms(mllm: LocalMllm) -> None:
     torch.nn.init.zeros_(mllm.model.lm_head.weight)
     vocabulary = math.log(len(tiny_tokenizer("llava")))
@@ -444,14 +468,6 @@ def test_rows_that_read_otherwise_than_separate_prompts_are_not_trained_on(
     with pytest.raises(ModelError, match="packed scores differ from those of separate prompts"):
         train(mllm, RECORDS, settings(), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
-
-
-def test_pictures_of_candidates_move_the_loss_and_the_adapters_mark(mllm: LocalMllm) -> None:
-    plain, seen = record(), record()
-    shown = tuple((candidate, RED) for candidate in seen.request.candidates if isinstance(candidate, str))
-    seen = replace(seen, request=replace(seen.request, candidates=shown))
-    assert abs(float(row_loss(mllm, seen)) - float(row_loss(mllm, plain))) > 1e-3
-    assert tuning.mark(mllm, [seen], settings()) != tuning.mark(mllm, [plain], settings())
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "idefics3"])

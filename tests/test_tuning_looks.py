@@ -17,7 +17,7 @@ from mllm_srec.pipeline import Pipeline
 from mllm_srec.tuning import row_loss, train, validated
 from mllm_srec.workspace import read_manifest
 from pipeline_helpers import changed
-from test_tuning import ADAPTER, RECORDS, Interrupt, record, settings
+from test_tuning import ADAPTER, RECORDS, RED, Interrupt, record, settings
 from tiny_models import tiny_mllm
 
 ASKED: list[Request] = [row.request for row in RECORDS]
@@ -350,3 +350,12 @@ def test_objective_and_notes_and_what_stands_beside_are_part_of_the_mark(tmp_pat
     # Among which objectives validation chooses, and where a teacher stands, changes no adapter.
     several = settings(objectives=("both", "odds"), teacher="http://other:1")
     assert tuning.mark(mllm, [row], several) == tuning.mark(mllm, [row], settings())
+
+
+def test_pictures_of_candidates_move_the_loss_and_the_adapters_mark() -> None:
+    mllm = tiny_mllm()
+    plain, seen = record(), record()
+    shown = tuple((candidate, RED) for candidate in seen.request.candidates if isinstance(candidate, str))
+    seen = replace(seen, request=replace(seen.request, candidates=shown))
+    assert abs(float(row_loss(mllm, seen)) - float(row_loss(mllm, plain))) > 1e-3
+    assert tuning.mark(mllm, [seen], settings()) != tuning.mark(mllm, [plain], settings())

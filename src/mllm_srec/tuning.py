@@ -28,11 +28,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mllm_srec.config import Config, Objective
 from mllm_srec.errors import ModelError, StoreError
-from mllm_srec.mllm.base import Request, told
+from mllm_srec.mllm.base import Candidate, Request, told
 from mllm_srec.mllm.guard import check_once
 from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.mllm.pieces import Piece, text_piece
-from mllm_srec.mllm.scoring import asked_pieces, candidate_pieces, own_words, read_segments
+from mllm_srec.mllm.scoring import asked_pieces, own_words, read_segments
 from mllm_srec.progress import Bar, say
 from mllm_srec.prompts import ranking as prompts
 from mllm_srec.records import TrainingRecord
@@ -59,19 +59,20 @@ def row_loss(mllm: LocalMllm, record: TrainingRecord, objective: Objective = "bo
     """Scalar float32 loss of one packed row; the positive is the request's first candidate."""
     renderer, request = mllm.renderer, record.request
     encoded = renderer.encode_request(request)
-    candidates, direct = candidate_pieces(mllm, request, encoded), asked_pieces(mllm, request, encoded)
+    direct = asked_pieces(mllm, request, encoded)
     reasoned: list[list[Piece]] = []
     rationales: list[list[int]] = []
     language = objective in ("sft", "both")
     if record.cot and language:
+        # Of the items' texts alone, as reasons are asked for (`records.explain_questions`).
         thinking = renderer.encode_request(
-            Request(request.prefix, request.candidates[:1], prompts.QUESTION_COT)
-        ).behind[0]
+            Request(request.prefix, tuple(map(_text, request.candidates)), prompts.QUESTION_COT)
+        )
         end = renderer.tokenizer.eos_token_id
         rationales = [[*renderer.ids(renderer.lead + renderer.neutral(text)), end] for _, text in record.cot]
         # The last token of a rationale is only foretold, never read.
         reasoned = [
-            [candidates[at], text_piece([*thinking, *words[:-1]])]
+            [text_piece([*thinking.candidates[at], *thinking.behind[at], *words[:-1]])]
             for (at, _), words in zip(record.cot, rationales, strict=True)
         ]
     last, hidden, ends = read_segments(mllm, encoded, [*direct, *reasoned])
@@ -91,6 +92,11 @@ def row_loss(mllm: LocalMllm, record: TrainingRecord, objective: Objective = "bo
         if rationales:
             losses.append(cot_weight * _rationale_loss(mllm, rationales, hidden, ends[len(direct) :]))
     return torch.stack(losses).sum()
+
+
+def _text(candidate: Candidate) -> str:
+    """What `Catalogue.candidate` says of an item before its picture."""
+    return candidate if isinstance(candidate, str) else next(part for part in candidate if isinstance(part, str))
 
 
 def _listwise(reading: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:

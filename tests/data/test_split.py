@@ -110,7 +110,7 @@ def rated_log(*users: list[float | None]) -> Histories:
     ("ratings", "high", "low"),
     [
         ([1, 2, 3, 4, 5], "00011", "11000"),  # the paper's thresholds: at least 4, at most 2
-        ([1, 1.5, 2.5, 3.5, 5], "00001", "11000"),
+        ([1, 1.9, 2.1, 3.9, 4.1, 5], "000011", "110000"),
         ([0.5, 1.5, 2, 4, 5], "00011", "11000"),  # 0.5 to 5: from 3.875 on, and up to 1.625
         ([1, None, 5, 3], "0010", "1000"),  # what is not rated is neither
         ([0, 1, 1], "011", "100"),

@@ -70,9 +70,10 @@ def test_notes_are_compared_with_their_candidates(monkeypatch: pytest.MonkeyPatc
     # The same item with another note is another candidate.
     pairs = {("hat", ""), ("hat", "\nmeets red."), ("wool", "\nnear.")}
     assert set(zip(few.candidates, few.notes, strict=True)) == pairs
-    few = guard._few(noted[0])
+    few = guard._few(replace(noted[0], candidates=CANDIDATES[::-1], notes=notes[::-1]))
     assert len(few.candidates) == 3
     assert set(zip(few.candidates, few.notes, strict=True)) < set(zip(CANDIDATES, notes, strict=True))
+
     pieces_of = scoring.asked_pieces
 
     def mixed_up(*given: Any) -> list[list[Piece]]:
