@@ -170,8 +170,8 @@ def comprehend(
 @app.command()
 def retrieve(workspace: WorkspaceArgument, change: SetOption = None) -> None:
     """Embed the catalogue and choose how candidates are drawn."""
-    weight = _stage(workspace, change, "retrieve")
-    typer.echo(f"content weight chosen on validation: {weight}")
+    mix = _stage(workspace, change, "retrieve")
+    typer.echo(f"chosen on validation: {mix}")
 
 
 @app.command()

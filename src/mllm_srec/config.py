@@ -174,8 +174,8 @@ class TrainingConfig(_Section):
     epochs: int = Field(1, ge=1)
     negatives: int = Field(8, ge=1)
     head_start: bool = True
-    """Begin with what the embedded model has learnt on simulated shops, where the adapter has its form (rank 16, last
-    12 layers)."""
+    """Begin with what the model has learnt on simulated shops, where it ships with that and the adapter has its form
+    (rank 16, last 12 layers)."""
     rank: int = Field(16, ge=1)
     top_layers: int = Field(12, ge=1)
     """Only this many of the language model's last layers are adapted."""
