@@ -122,7 +122,7 @@ def test_stages_one_by_one_end_where_run_ends(command: Command, finished: Path, 
     for stage in ("describe", "retrieve", "comprehend", "train"):
         ended = command(stage, folder)
         assert ended.code == 0, ended.err
-        assert ("content weight chosen on validation: " in ended.out) == (stage == "retrieve")
+        assert ("chosen on validation: content=" in ended.out) == (stage == "retrieve")
     ended = command("evaluate", folder, "--json")
     result = json.loads(ended.out, parse_constant=pytest.fail)
     assert result == json.loads((finished / "runs/main/metrics.json").read_text())

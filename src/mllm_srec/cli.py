@@ -171,7 +171,8 @@ def comprehend(
 def retrieve(workspace: WorkspaceArgument, change: SetOption = None) -> None:
     """Embed the catalogue and choose how candidates are drawn."""
     mix = _stage(workspace, change, "retrieve")
-    typer.echo(f"chosen on validation: {mix}")
+    told = ", ".join(f"{name}={value}" for name, value in vars(mix).items())
+    typer.echo(f"chosen on validation: {told}")
 
 
 @app.command()
