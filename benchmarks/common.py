@@ -227,6 +227,11 @@ def _marked(value: float | None, mark: float | None) -> Figure:
     return {} if mark is None else {"mark": mark, "met": value is not None and value >= mark}
 
 
+def at_least(of: Figure, least: float) -> Figure:
+    """The figure with the least that it should be as its mark."""
+    return of | _marked(of["value"], least)
+
+
 def at_most(of: Figure, most: float) -> Figure:
     """The figure with the most that it should be as its mark; no cases meet none."""
     return of | {"mark": f"at most {most:g}", "met": of["value"] is not None and of["value"] <= most}

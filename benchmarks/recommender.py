@@ -15,7 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import SEED, Bench, Figure, above_zero, at_most, difference, figure, machine, report, show, shown
+import polars as pl
+from common import (
+    SAMPLES,
+    SEED,
+    Bench,
+    Figure,
+    above_zero,
+    at_least,
+    at_most,
+    difference,
+    figure,
+    machine,
+    report,
+    show,
+    shown,
+)
 from recommender_faithful import faithful, show_faithful
 from recommender_lists import Places, opened, queries_of, read_lists, states, systems
 from recommender_shop import lost, show_lost
@@ -24,12 +39,44 @@ from users_common import REAL, Case, Log, sample
 from mllm_srec import metrics
 from mllm_srec.calibration import expected_error, fit, sigmoid
 from mllm_srec.data.split import Targets
+from mllm_srec.metrics import ndcg, stratified_bootstrap
+from mllm_srec.pipeline import PLACES, RERANKED, RETRIEVED
 
 TARGETS = 300
 """Test targets of each set, and as many validation targets that calibrate."""
 NEGATIVES = 20
 CUTOFF = 5
 ERROR_MARK = 0.05
+GAIN_MARK = 0.05
+
+
+# Reranked lists against retrieval alone, over the sets together
+
+
+def together(bench: Bench, places: Places) -> dict[str, Any]:
+    """NDCG@10 of the fused lists less retrieval's, as a share of retrieval's, per set and over the sets (alike)."""
+    ours, theirs, users, strata = [], [], [], []
+    found: dict[str, Figure] = {}
+    for number, (name, place) in enumerate(places.items()):
+        pipeline = opened(bench, place).pipeline
+        table = pl.read_parquet(pipeline.folder / PLACES)
+        rows = {system: table.filter(pl.col("system") == system) for system in (RERANKED, RETRIEVED)}
+        values = {of: ndcg(row["greater"].to_numpy(), row["ties"].to_numpy(), 10) for of, row in rows.items()}
+        mean = values[RETRIEVED].mean()
+        ours.append(values[RERANKED] / mean)
+        theirs.append(values[RETRIEVED] / mean)
+        users.append(np.unique(rows[RETRIEVED]["user_id"].to_numpy(), return_inverse=True)[1])
+        strata.append(np.full(len(users[-1]), number))
+        found[name] = at_least(difference(ours[-1], theirs[-1], users[-1]), GAIN_MARK)
+    paired = stratified_bootstrap(*map(np.concatenate, (ours, theirs, users, strata)), SAMPLES, SEED)
+    whole = {"value": paired.mean, "low": paired.low, "high": paired.high, "p": paired.p_value}
+    return found | {"together": above_zero(whole | {"n": sum(map(len, ours))})}
+
+
+def show_together(result: dict[str, Any]) -> None:
+    """One table."""
+    rows = [(name, of["n"], shown(of)) for name, of in result.items()]
+    show("fused lists over retrieval alone: NDCG@10, as a share of retrieval's", ("set", "targets", "gain"), rows)
 
 
 # One positive and 20 uniform negatives
@@ -182,6 +229,7 @@ def show_calibration(result: dict[str, Any]) -> None:
 
 
 SECTIONS = {
+    "together": (together, show_together),
     "sampled": (sampled, show_sampled),
     "faithful": (faithful, show_faithful),
     "calibration": (calibration, show_calibration),

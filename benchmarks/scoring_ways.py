@@ -185,7 +185,7 @@ def forms(mllm: LocalMllm, sample: Sample) -> dict[str, Callable[[], np.ndarray]
 
     The prefix is read here, so that the calls find it kept. All candidates need segments of the same length.
     """
-    own = "flexed" if mllm.device.type == "cuda" else "merged"
+    own = ("masked", "flexed") if mllm.device.type == "cuda" else ("merged",)
     packed(mllm, sample, short=0)
     ids = torch.tensor([sample.prefix], device=mllm.device)
     with torch.inference_mode():
@@ -193,12 +193,12 @@ def forms(mllm: LocalMllm, sample: Sample) -> dict[str, Callable[[], np.ndarray]
 
     def in_form(name: str, budget: int) -> np.ndarray:
         row_tokens = patch.dict(scoring.ROW_TOKENS, {mllm.device.type: budget})
-        with row_tokens, patch.object(attention, own, getattr(attention, name)):
+        with row_tokens, patch.multiple(attention, **dict.fromkeys(own, getattr(attention, name))):
             return packed(mllm, sample, forget=False, short=0)
 
     named: dict[str, Callable[[], np.ndarray]] = {
         f"{name}, rows of {budget}": lambda name=name, budget=budget: in_form(name, budget)  # type: ignore[misc]
-        for name in (own, "masked")
+        for name in (own[-1], "masked")
         for budget in BUDGETS
     }
     return named | {f"repeated cache, {mllm.batch_size} at once": lambda: _repeated(mllm, sample, cache)}

@@ -12,7 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mllm_srec import metrics
-from mllm_srec.metrics import auc, average_precision, bootstrap, hit_rate, mrr, ndcg, paired_bootstrap, places, recall
+from mllm_srec.metrics import (
+    auc,
+    average_precision,
+    bootstrap,
+    hit_rate,
+    mrr,
+    ndcg,
+    paired_bootstrap,
+    places,
+    recall,
+    stratified_bootstrap,
+)
 
 
 def ints(*values: int) -> np.ndarray:
@@ -385,6 +396,38 @@ def test_p_is_about_uniform_when_nothing_differs() -> None:
     )
     for level in (0.05, 0.25, 0.5, 0.75):
         assert (p <= level).mean() == pytest.approx(level, abs=0.08)
+
+
+def test_strata_count_alike_and_users_are_drawn_within_them() -> None:
+    a = np.array([1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    users, strata = ints(0, 1, 0, 1, 2, 3, 4, 5), ints(7, 7, 3, 3, 3, 3, 3, 3)
+    # Drawn over all users the mean would move; each stratum is constant, so no resample of it does.
+    whole = stratified_bootstrap(a, np.zeros(8), users, strata, 200, 0)
+    assert (whole.mean, whole.low, whole.high) == (0.5, 0.5, 0.5)
+    assert whole.p_value == pytest.approx(2 / 201)
+    assert paired_bootstrap(a, np.zeros(8), np.arange(8), 200, 0).low < 0.25
+
+
+def test_one_stratum_is_the_paired_bootstrap() -> None:
+    generator = np.random.default_rng(8)
+    a, b, users = generator.random(60), generator.random(60), np.arange(60) // 3
+    assert stratified_bootstrap(a, b, users, np.full(60, 4), 300, 5) == paired_bootstrap(a, b, users, 300, 5)
+
+
+def test_independent_strata_narrow_the_interval() -> None:
+    generator = np.random.default_rng(9)
+    a, users = generator.normal(1.0, 1.0, 400), np.arange(400) % 200
+    strata = np.arange(400) // 200
+    alone = [paired_bootstrap(a[strata == at], np.zeros(200), users[:200], 2000, 0) for at in (0, 1)]
+    whole = stratified_bootstrap(a, np.zeros(400), users, strata, 2000, 0)
+    width = np.mean([one.high - one.low for one in alone])
+    assert whole.mean == pytest.approx(np.mean([one.mean for one in alone]))
+    assert whole.high - whole.low == pytest.approx(width / 2**0.5, rel=0.15)
+
+
+def test_strata_of_another_length_are_refused() -> None:
+    with pytest.raises(ValueError, match="strata has shape"):
+        stratified_bootstrap(np.zeros(3), np.zeros(3), ints(0, 1, 2), ints(0, 1), 10, 0)
 
 
 def test_nothing_to_resample_is_refused_by_name() -> None:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,8 @@ from mllm_srec.mllm.base import Request
 from mllm_srec.prompts import ranking as prompts
 from mllm_srec.ranking import (
     PRIORS,
+    RIDGE,
     SCORES,
-    WEIGHTS,
     Candidates,
     Fusion,
     best_fusion,
@@ -115,106 +115,116 @@ def test_the_empty_user_may_be_unknown_where_it_is_not_subtracted() -> None:
     assert np.isfinite(fuse(candidates, PRIORS_BY_HAND, Fusion(1.0, 1.0, 1.0, False))).all()
 
 
-# Retrieval alone puts the target last; against retrieval's 1, a reading that puts it first must weigh more than 1.
-AGAINST, FOR = [[1, 0]], [[0, 1]]
+# Two candidates and one list: standardised, a reading is for the target (1 against -1) or against it.
+AGAINST, FOR, MUTE = [[1, 0]], [[0, 1]], [[0, 0]]
 NO_PRIORS = np.zeros((6, 2), dtype=np.float32)
 
 
+def alone(readings: int) -> float:
+    """The weight of each of some equal readings that are for the target of the only list: where the slope of
+    log(1 + exp(-2 * readings * weight)) + RIDGE * readings * weight ** 2 / 2 is 0, found by halving."""
+    low, high = 0.0, 10.0
+    for _ in range(80):
+        weight = (low + high) / 2
+        if RIDGE * weight < 2 / (1 + math.exp(2 * readings * weight)):
+            low = weight
+        else:
+            high = weight
+    return low
+
+
 @pytest.mark.parametrize(
-    ("odds", "loglik", "chosen"),
+    ("retrieval", "odds", "loglik", "chosen"),
     [
-        (FOR, AGAINST, Fusion(1.0, 2.0, 0.0, False)),
-        (AGAINST, FOR, Fusion(1.0, 0.0, 2.0, False)),
-        (AGAINST, AGAINST, ALONE),
-        ([[0, 0]], [[0, 0]], ALONE),
-        # together 1.25 is the smallest sum that outweighs 1; of the equal ones the smaller weight of the odds
-        (FOR, FOR, Fusion(1.0, 0.25, 1.0, False)),
+        (AGAINST, FOR, AGAINST, Fusion(0.0, alone(1), 0.0, False)),
+        (AGAINST, AGAINST, FOR, Fusion(0.0, 0.0, alone(1), False)),
+        (AGAINST, FOR, FOR, Fusion(0.0, alone(2), alone(2), False)),
+        (FOR, FOR, MUTE, Fusion(alone(2), alone(2), 0.0, False)),
+        (FOR, AGAINST, MUTE, Fusion(alone(1), 0.0, 0.0, False)),
+        (FOR, FOR, FOR, Fusion(*[alone(3)] * 3, False)),
+        (AGAINST, AGAINST, AGAINST, ALONE),
+        (MUTE, MUTE, MUTE, ALONE),
     ],
 )
-def test_the_informative_reading_is_chosen(odds: list[list[int]], loglik: list[list[int]], chosen: Fusion) -> None:
-    candidates = read(["ab"], AGAINST, odds, loglik)
-    assert choose_fusion(candidates, NO_PRIORS, place("b")) == chosen
+def test_readings_that_are_for_the_target_are_weighed_by_hand(
+    retrieval: list[list[int]], odds: list[list[int]], loglik: list[list[int]], chosen: Fusion
+) -> None:
+    candidates = read(["ab"], retrieval, odds, loglik)
+    made, value = best_fusion(candidates, NO_PRIORS, place("b"))
+    assert astuple(made) == pytest.approx(astuple(chosen), abs=1e-4)
+    assert choose_fusion(candidates, NO_PRIORS, place("b")) == made
+    apart = 0.0 if chosen == ALONE else float(np.subtract(*fuse(candidates, NO_PRIORS, made)[0, ::-1]))
+    assert value == pytest.approx(-math.log1p(math.exp(-apart)))
 
 
 def test_the_empty_user_is_subtracted_where_only_that_informs() -> None:
     priors = NO_PRIORS.copy()
     priors[:2, 1] = [3, 0]  # item a is likely for everybody
     candidates = read(["ab"], AGAINST, AGAINST, [[2, 1]])
-    assert choose_fusion(candidates, priors, place("b")) == Fusion(1.0, 0.0, 2.0, True)
+    made, _ = best_fusion(candidates, priors, place("b"))
+    assert astuple(made) == pytest.approx((0.0, 0.0, alone(1), True), abs=1e-4)
+    assert best_fusion(candidates, None, place("b"))[0] == ALONE
 
 
-def test_equal_choices_go_to_the_smaller_weights() -> None:
-    candidates = read(["ab", "ba"], [[0, 1], [1, 0]], [[0, 1], [1, 0]], [[0, 1], [1, 0]])
-    assert choose_fusion(candidates, NO_PRIORS, place("bb")) == ALONE
+def test_the_empty_user_is_left_in_where_it_makes_no_difference() -> None:
+    candidates = read(["ab"], AGAINST, FOR, MUTE)
+    assert not choose_fusion(candidates, NO_PRIORS, place("b")).subtract_empty
 
 
 def test_only_lists_that_hold_their_target_decide() -> None:
     lost = read(["cd", "cd", "ab"], [[1, 0]] * 3, [[0, 1], [0, 1], [1, 0]], [[1, 0], [1, 0], [0, 1]])
-    assert choose_fusion(lost, NO_PRIORS, place("aab")) == Fusion(1.0, 0.0, 2.0, False)
+    made, value = best_fusion(lost, NO_PRIORS, place("aab"))
+    assert (made, value) == best_fusion(read(["ab"], AGAINST, AGAINST, FOR), NO_PRIORS, place("b"))
     nothing = read(["cd"], AGAINST, [[math.nan] * 2], FOR)
-    assert choose_fusion(nothing, NO_PRIORS, place("a")) == ALONE
+    assert best_fusion(nothing, NO_PRIORS, place("a")) == (ALONE, -math.inf)
 
 
-def test_only_the_head_of_the_list_counts() -> None:
-    # The odds lift the target from the third to the second place: that is nothing at cutoff 1.
-    candidates = read(["abc"], [[9, 8, 0]], [[9, 0, 9]], [[0, 0, 0]])
-    assert choose_fusion(candidates, NO_PRIORS, place("c"), cutoff=1) == ALONE
-    assert choose_fusion(candidates, NO_PRIORS, place("c"), cutoff=2).odds > 0
+def test_more_lists_give_a_reading_more_weight() -> None:
+    weights = [
+        choose_fusion(read(["ab"] * count, AGAINST * count, FOR * count, MUTE * count), NO_PRIORS, place("b" * count))
+        for count in (1, 4, 40)
+    ]
+    assert weights[0].odds < weights[1].odds < weights[2].odds
 
 
-@given(arrays(np.float32, (3, 4, 4), elements=st.integers(-3, 3).map(float)), st.lists(st.integers(0, 3)))
-def test_the_choice_is_on_the_grid_and_never_worse_than_retrieval(values: np.ndarray, wanted: list[int]) -> None:
-    target = np.array([*wanted, 0, 0, 0, 0][:4], dtype=np.int32)
-    candidates = Candidates(np.tile(np.arange(4, dtype=np.int32), (4, 1)), *values)
-    chosen = choose_fusion(candidates, NO_PRIORS, target)
-    assert chosen.retrieval == 1.0
-    assert {chosen.odds, chosen.loglik} <= set(WEIGHTS)
-
-    def value(fusion: Fusion) -> float:
-        places = ranking.metrics.places(fuse(candidates, NO_PRIORS, fusion), target)
-        return float(ranking.metrics.ndcg(*places, 10).mean())
-
-    assert value(chosen) >= value(ALONE)
+READINGS = arrays(np.float32, (3, 4, 4), elements=st.integers(-3, 3).map(float))
 
 
-def test_the_best_fusion_is_told_with_what_it_reaches() -> None:
-    # Retrieval alone has the targets at places 2 and 1; the odds lift the first without losing the second.
-    candidates = read(["ab", "ab"], [[1, 0], [1, 0]], [[0, 1], [1, 0]], [[0, 0], [0, 0]])
-    chosen, value = best_fusion(candidates, NO_PRIORS, place("ba"))
-    assert (chosen, value) == (Fusion(1.0, 2.0, 0.0, False), 1.0)
-    lost = read(["ab", "ab"], [[1, 0], [1, 0]], [[0, 0], [0, 0]], [[0, 0], [0, 0]])
-    chosen, value = best_fusion(lost, NO_PRIORS, place("ba"))
-    assert chosen == ALONE
-    assert value == pytest.approx((1 / math.log2(3) + 1) / 2)
-    # A list without its target has no part in it.
-    assert best_fusion(lost, NO_PRIORS, place("bf")) == (ALONE, pytest.approx(1 / math.log2(3)))
-    assert best_fusion(lost, NO_PRIORS, place("ff")) == (ALONE, 0.0)
-    assert best_fusion(lost, NO_PRIORS, place("bb"), cutoff=1) == (ALONE, 0.0)
+def listed(values: np.ndarray) -> Candidates:
+    return Candidates(np.tile(np.arange(4, dtype=np.int32), (4, 1)), *values)
 
 
-def test_without_priors_the_empty_user_is_not_subtracted() -> None:
-    priors = NO_PRIORS.copy()
-    priors[:2, 1] = [3, 0]
-    candidates = read(["ab"], AGAINST, AGAINST, [[2, 1]])  # only minus the prior does the likelihood inform
-    assert best_fusion(candidates, priors, place("b")) == (Fusion(1.0, 0.0, 2.0, True), 1.0)
-    assert best_fusion(candidates, None, place("b")) == (ALONE, pytest.approx(1 / math.log2(3)))
+@given(READINGS, st.lists(st.integers(0, 3), min_size=4, max_size=4))
+def test_no_other_weights_make_the_targets_likelier(values: np.ndarray, wanted: list[int]) -> None:
+    target, candidates = np.array(wanted, dtype=np.int32), listed(values)
+    made = choose_fusion(candidates, None, target)
+    weights = np.array(astuple(made)[:3])
+
+    def worth(given: np.ndarray) -> float:
+        """The independent form: chances of the targets, list by list, less the ridge."""
+        fused = np.exp(fuse(candidates, NO_PRIORS, Fusion(*given.tolist(), False)))
+        chances = [row[item] / row.sum() for row, item in zip(fused, target, strict=True)]
+        return float(np.log(chances).sum() - RIDGE * (given**2).sum() / 2)
+
+    assert (weights >= 0).all()
+    if made == ALONE:
+        weights = np.zeros(3)
+    for direction in (*np.eye(3), *-np.eye(3), *(weights - np.eye(3)), -weights, np.ones(3)):
+        for length in (1e-3, 0.1, 1.0):
+            assert worth(np.maximum(weights + length * direction, 0)) <= worth(weights) + 1e-5
 
 
-@given(arrays(np.float32, (3, 4, 4), elements=st.integers(-3, 3).map(float)), st.lists(st.integers(0, 5), min_size=4))
-def test_what_the_best_fusion_reaches_is_what_its_lists_have(values: np.ndarray, wanted: list[int]) -> None:
-    target = np.array(wanted[:4], dtype=np.int32)
-    candidates = Candidates(np.tile(np.arange(4, dtype=np.int32), (4, 1)), *values)
+@given(READINGS, st.lists(st.integers(0, 5), min_size=4, max_size=4))
+def test_how_likely_the_best_fusion_makes_its_targets(values: np.ndarray, wanted: list[int]) -> None:
+    target, candidates = np.array(wanted, dtype=np.int32), listed(values)
     chosen, value = best_fusion(candidates, None, target)
     held = target < 4
     assert not chosen.subtract_empty
     if not held.any():
-        assert (chosen, value) == (ALONE, 0.0)
+        assert (chosen, value) == (ALONE, -math.inf)
         return
-    gains = []
-    for scores, item in zip(fuse(candidates, NO_PRIORS, chosen)[held], target[held], strict=True):
-        ahead, level = int((scores > scores[item]).sum()), int((scores == scores[item]).sum())
-        gains.append(np.mean([1 / math.log2(2 + place) for place in range(ahead, ahead + level)]))
-    assert value == pytest.approx(np.mean(gains), abs=1e-9)
+    fused = np.exp(fuse(candidates, NO_PRIORS, chosen) if chosen != ALONE else np.zeros((4, 4)))[held]
+    assert value == pytest.approx(np.log(fused[np.arange(len(fused)), target[held]] / fused.sum(1)).mean(), abs=1e-9)
 
 
 # Priors

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +45,7 @@ class Planned:
 
 
 def looks(folder: Path) -> list[tuple[int, float]]:
-    return [(made["step"], made["ndcg"]) for made in json.loads((folder / "looks.json").read_text())]
+    return [(made["step"], made["loglik"]) for made in json.loads((folder / "looks.json").read_text())]
 
 
 def steps(folder: Path) -> list[int]:
@@ -57,20 +58,20 @@ def steps(folder: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("values", "best", "ended"),
     [
-        ((0.1, 0.5, 0.3, 0.4), 1, 12),
-        ((0.1, 0.2, 0.3, 0.4), 3, 12),
-        ((0.5, 0.4, 0.5), 0, 9),  # as good is not better
-        ((0.1, 0.5, 0.1, 0.2), 1, 12),  # two looks without a better one, and no step is left
-        ((0.0, 0.0, 0.0), 0, 9),
-        ((0.2, 0.1, 0.3, 0.1), 2, 12),  # a better one begins the count anew
+        ((-9.0, -4.0, -2.0, -3.0, -2.5), 2, 12),
+        ((-9.0, -4.0, -3.0, -2.0, -1.0), 4, 12),
+        ((-9.0, -2.0, -3.0, -2.0), 1, 9),  # as good is not better
+        ((-9.0, -4.0, -2.0, -4.0, -3.0), 2, 12),  # two looks without a better one, and no step is left
+        ((-2.0, -2.0, -2.0), 0, 6),  # nothing is better than what it began with
+        ((-9.0, -3.0, -4.0, -2.0, -4.0), 3, 12),  # a better one begins the count anew
     ],
 )
 def test_the_best_adapter_is_kept_and_patience_ends_the_training(
     values: tuple[float, ...], best: int, ended: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     look = Planned(*values)
-    train(look.mllm, RECORDS, settings(), tmp_path, look=look)  # 12 steps: looks behind 3, 6, 9 and 12
-    assert looks(tmp_path) == list(zip((3, 6, 9, 12), values, strict=False))
+    train(look.mllm, RECORDS, settings(), tmp_path, look=look)  # 12 steps: looks before it and behind 3, 6, 9 and 12
+    assert looks(tmp_path) == list(zip((0, 3, 6, 9, 12), values, strict=False))
     assert steps(tmp_path) == list(range(1, ended + 1))
     np.testing.assert_allclose(np.concatenate(look.mllm.score(ASKED)), look.scores[best], atol=1e-5)
     for at, scores in enumerate(look.scores):
@@ -80,20 +81,20 @@ def test_the_best_adapter_is_kept_and_patience_ends_the_training(
         *("losses.json", "looks.json", "manifest.json"),
     }
     facts = read_manifest(tmp_path)
-    assert [(made["step"], made["ndcg"]) for made in facts["validation"]] == looks(tmp_path)
+    assert [(made["step"], made["loglik"]) for made in facts["validation"]] == looks(tmp_path)
     assert validated(tmp_path) == max(values)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "embedded"
     said = capsys.readouterr().err
-    assert f"train: step 6 of 12: NDCG@10 on validation {values[1]:.4f}" in said
+    assert f"train: step 6 of 12: log-likelihood on validation {values[2]:.4f}" in said
     fresh = tiny_mllm()
     fresh.load_adapter(tmp_path)
     assert fresh.identity == look.mllm.identity
     np.testing.assert_array_equal(np.concatenate(fresh.score(ASKED)), np.concatenate(look.mllm.score(ASKED)))
 
 
-@pytest.mark.parametrize(("rows", "at"), [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (7, [2, 4, 5, 7])])
+@pytest.mark.parametrize(("rows", "at"), [(1, [0, 1]), (2, [0, 1, 2]), (3, [0, 1, 2, 3]), (7, [0, 2, 4, 5, 7])])
 def test_looks_are_evenly_spaced_and_the_last_one_is_at_the_end(rows: int, at: list[int], tmp_path: Path) -> None:
-    look = Planned(*(0.1 * number for number in range(1, 5)))
+    look = Planned(*(0.1 * number for number in range(5)))
     train(look.mllm, (RECORDS * 3)[:rows], settings(epochs=1), tmp_path, look=look)
     assert [step for step, _ in looks(tmp_path)] == at
 
@@ -103,8 +104,8 @@ def test_without_a_look_the_last_adapter_is_kept(tmp_path: Path) -> None:
     train(mllm, RECORDS, settings(), tmp_path / "plain")
     assert not (tmp_path / "plain" / "looks.json").exists()
     assert "validation" not in read_manifest(tmp_path / "plain")
-    assert validated(tmp_path / "plain") == 0.0
-    look = Planned(0.1, 0.2, 0.3, 0.4)
+    assert validated(tmp_path / "plain") == -math.inf
+    look = Planned(0.0, 0.1, 0.2, 0.3, 0.4)
     train(look.mllm, RECORDS, settings(), tmp_path / "looked", look=look)  # looking changes nothing
     assert (tmp_path / "looked" / ADAPTER).read_bytes() == (tmp_path / "plain" / ADAPTER).read_bytes()
 
@@ -116,10 +117,11 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("values", "stop"),
     [
-        ((0.1, 0.5, 0.3, 0.4), 2),
-        ((0.1, 0.5, 0.3, 0.4), 7),  # behind a look, which the checkpoint before does not know
-        ((0.1, 0.2, 0.3, 0.4), 12),
-        ((0.5, 0.1, 0.5), 9),
+        ((0.0, 0.1, 0.5, 0.3, 0.4), 2),
+        ((0.0, 0.1, 0.5, 0.3, 0.4), 7),  # behind a look, which the checkpoint before does not know
+        ((0.0, 0.1, 0.2, 0.3, 0.4), 12),
+        ((0.0, 0.5, 0.1, 0.5), 9),
+        ((0.5, 0.1, 0.2), 2),  # before the first checkpoint, and the look before the training is the best
     ],
 )
 def test_a_killed_training_ends_with_the_same_bytes_and_the_same_looks(
@@ -139,7 +141,13 @@ def test_a_killed_training_ends_with_the_same_bytes_and_the_same_looks(
 
 @pytest.mark.parametrize(
     ("values", "save_steps"),
-    [((0.5, 0.4, 0.3), 1), ((0.5, 0.4, 0.3), 3), ((0.1, 0.4, 0.3, 0.2), 3), ((0.1, 0.2, 0.3, 0.4), 100)],
+    [
+        ((0.0, 0.5, 0.4, 0.3), 1),
+        ((0.0, 0.5, 0.4, 0.3), 3),
+        ((0.0, 0.1, 0.4, 0.3, 0.2), 3),
+        ((0.0, 0.1, 0.2, 0.3, 0.4), 100),
+        ((0.5, 0.4, 0.3), 100),
+    ],
 )
 def test_a_training_killed_when_it_had_ended_does_not_go_on(
     values: tuple[float, ...], save_steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -162,20 +170,20 @@ def test_a_training_killed_when_it_had_ended_does_not_go_on(
 
 
 def test_looks_of_another_training_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    look = Planned(0.9, 0.8, 0.1, 0.2, 0.3, 0.4)
+    look = Planned(0.0, 0.9, 0.8, 0.1, 0.2, 0.3, 0.4)  # before the training the same weights say the same
     with monkeypatch.context() as patch:
         patch.setattr(tuning, "row_loss", Interrupt(8))
         with pytest.raises(KeyboardInterrupt):
             train(look.mllm, RECORDS, settings(), tmp_path, look=look)
     look.mllm = tiny_mllm()
     train(look.mllm, RECORDS[::-1], settings(), tmp_path, look=look)
-    assert looks(tmp_path) == [(3, 0.1), (6, 0.2), (9, 0.3), (12, 0.4)]
+    assert looks(tmp_path) == [(0, 0.0), (3, 0.1), (6, 0.2), (9, 0.3), (12, 0.4)]
 
 
 def test_a_look_during_checkpointed_training_reads_as_without(tmp_path: Path) -> None:
     scores = []
     for checkpointing in (False, True):
-        look = Planned(0.1, 0.2, 0.3, 0.4)
+        look = Planned(0.0, 0.1, 0.2, 0.3, 0.4)
         config = settings(gradient_checkpointing=checkpointing)
         train(look.mllm, RECORDS, config, tmp_path / str(checkpointing), look=look)
         scores.append(look.scores)
@@ -194,8 +202,8 @@ def planned(values: Iterable[float], monkeypatch: pytest.MonkeyPatch) -> None:
 def test_of_several_objectives_the_best_on_validation_stays(
     copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Six rows, two per step: three looks each.
-    planned([0.2, 0.25, 0.3, 0.1, 0.4, 0.2, 0.35, 0.3, 0.4], monkeypatch)
+    # Six rows, two per step: a look before, and three.
+    planned([0.1, 0.2, 0.25, 0.3, 0.05, 0.1, 0.4, 0.2, 0.3, 0.35, 0.3, 0.4], monkeypatch)
     run = Pipeline(changed(copied, "training.objectives=[odds, sft, listwise]"))
     run.train()
     of = {name: copied / f"runs/main/adapter-{name}" for name in ("odds", "sft", "listwise")}
@@ -256,15 +264,20 @@ def test_a_look_is_the_best_fusion_over_validation_lists_that_hold_their_target(
         value = look()
     assert len(asked) == len(wanted)
     of_lists = lists.items[lists.held]
-    gains = []
-    for request, text, items in zip(asked, wanted, of_lists, strict=True):
+    likelihoods = []
+    for request, text, items, scores in zip(asked, wanted, of_lists, lists.scores[lists.held], strict=True):
         listed = [run.catalogue.candidates[item] for item in items]
         assert len(request.candidates) == min(pipeline.LOOKED_AMONG, 30)
         assert list(request.candidates) == [other for other in listed if other in request.candidates]
-        rank = 1 + request.candidates.index(text)
-        gains.append(1 / np.log2(1 + rank) if rank <= 10 else 0.0)
-    # Readings that tell nothing leave retrieval's order.
-    assert value == pytest.approx(np.mean(gains)) and value > 0
+        shown = scores[[other in request.candidates for other in listed]]
+        likelihoods.append(((shown - shown.mean()) / shown.std(), request.candidates.index(text)))
+    # Readings that tell nothing leave retrieval: no weight of it makes the targets likelier by much.
+    at_best = max(
+        np.mean([weight * shown[place] - np.log(np.exp(weight * shown).sum()) for shown, place in likelihoods])
+        for weight in np.linspace(0.0, 3.0, 301)
+    )
+    assert at_best - 0.05 < value <= at_best + 1e-4
+    assert -math.log(pipeline.LOOKED_AMONG) <= value + 1e-9
 
     def knows(mllm: LocalMllm, requests: list[Request]) -> list[np.ndarray]:
         return [

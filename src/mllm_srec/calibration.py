@@ -4,14 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mllm_srec.newton import minimise
+
 RIDGE = 1e-6
 """Per score, on the slope alone: where scores separate targets from all others, no finite slope is the best one."""
-STEPS = 100
-"""Of Newton's method at most; with a ridge this small and separable scores it needs some thirty."""
-CLOSE = 1e-10
-"""Newton's method ends with the step that promises the mean loss to fall by less."""
-SMALLEST = 1e-6
-"""Share of a step that is still tried."""
 
 
 @dataclass(frozen=True)
@@ -56,24 +52,18 @@ def fit(scores: np.ndarray, is_target: np.ndarray) -> Calibration:
     if unit <= np.finfo(np.float64).eps * float(np.abs(raw).max()):
         return Calibration(0.0, base)
     inputs = np.stack([(raw - centre) / unit, np.ones(raw.size)], axis=1)
-    weights, ridge = np.array([0.0, base]), np.array([RIDGE, 0.0])
+    ridge = np.array([RIDGE, 0.0])
 
     def loss(of: np.ndarray) -> float:
         margin = inputs @ of
         return float((np.logaddexp(0.0, margin) - true * margin).mean() + ridge @ of**2 / 2)
 
-    now = loss(weights)
-    for _ in range(STEPS):
-        stated = sigmoid(inputs @ weights)
-        gradient = inputs.T @ (stated - true) / true.size + ridge * weights
-        hessian = (inputs * (stated * (1 - stated))[:, None]).T @ inputs / true.size + np.diag(ridge)
-        step, share = np.linalg.solve(hessian, gradient), 1.0
-        while loss(weights - share * step) > now and share > SMALLEST:  # a whole step can overshoot
-            share /= 2
-        weights = weights - share * step
-        now = loss(weights)
-        if gradient @ step < CLOSE:
-            break
+    def slopes(of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        stated = sigmoid(inputs @ of)
+        gradient = inputs.T @ (stated - true) / true.size + ridge * of
+        return gradient, (inputs * (stated * (1 - stated))[:, None]).T @ inputs / true.size + np.diag(ridge)
+
+    weights = minimise(loss, slopes, np.array([0.0, base]))
     slope = weights[0] / unit
     return Calibration(float(slope), float(weights[1] - slope * centre))
 

@@ -347,11 +347,39 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, users: np.ndarray, samples: i
     """
     _check_resampling(users, samples, a=a, b=b)
     difference = np.asarray(a, dtype=np.float64) - b
-    means = _resampled_means(difference, users, samples, seed)
+    return _paired(float(np.mean(difference)), _resampled_means(difference, users, samples, seed))
+
+
+def stratified_bootstrap(
+    a: np.ndarray, b: np.ndarray, users: np.ndarray, strata: np.ndarray, samples: int, seed: int
+) -> Paired:
+    """`paired_bootstrap` over several data sets together: users are drawn within each stratum (Davison & Hinkley 1997,
+    3.2), and the mean is that over strata of their means of a - b, so that a large one counts no more than a small one.
+
+    Args:
+        a: (T,), one value per target.
+        b: (T,), the other system's value of the same target.
+        users: int (T,), whose target it is; the same number in two strata is two users.
+        strata: int (T,), the target's stratum.
+        samples: number of resamples.
+
+    Raises:
+        ValueError: as `paired_bootstrap`, or `strata` has another shape.
+    """
+    _check_resampling(users, samples, a=a, b=b, strata=strata)
+    difference = np.asarray(a, dtype=np.float64) - b
+    means, resampled = [], []
+    for number, stratum in enumerate(np.unique(strata)):
+        rows = strata == stratum
+        means.append(difference[rows].mean())
+        resampled.append(_resampled_means(difference[rows], users[rows], samples, seed + number))
+    return _paired(float(np.mean(means)), np.mean(resampled, axis=0))
+
+
+def _paired(mean: float, means: np.ndarray) -> Paired:
     low, high = np.percentile(means, (2.5, 97.5))
     tail = min(np.count_nonzero(means <= 0), np.count_nonzero(means >= 0))
-    p_value = min(1.0, 2 * (1 + tail) / (samples + 1))
-    return Paired(float(np.mean(difference)), float(low), float(high), p_value)
+    return Paired(mean, float(low), float(high), min(1.0, 2 * (1 + tail) / (len(means) + 1)))
 
 
 def _check_cutoff(k: int) -> None:

@@ -47,6 +47,7 @@ RETRIEVED = "retrieval"
 
 
 ROWS = "training_rows.jsonl"
+PLACES = "places.parquet"
 LOOKED_AT, LOOKED_AMONG = 60, 12
 """Validation lists at most that say during a training how good the adapter is, and candidates of each."""
 SLICED_AT = 10
@@ -136,7 +137,7 @@ class Pipeline:
         )
         if chosen.encoder is not None:
             sequence.write(chosen.encoder, encoder_file(folder, "validation"), mark, chosen.mix.epochs)
-        fusion = before.fusion if before else ranking.Fusion(1.0, 0.0, 0.0, False)
+        fusion = before.fusion if before else ranking.RETRIEVAL_ALONE
         atomic_write(folder / CHOICES, Choices(chosen.mix, made_of, chosen.curve, fusion).dump())
         return chosen.mix
 
@@ -195,7 +196,7 @@ class Pipeline:
         shutil.copytree(folders[best], self.folder / ADAPTER)
 
     def _look(self) -> Callable[[], float] | None:
-        """NDCG@10 of some validation lists that hold their target, fused as is best for them; None without any.
+        """How likely the targets of some validation lists are, in nats, fused as is best for them; None without any.
 
         The lists are cut to the target and a few others, drawn once: more lists say more than longer ones.
         """
@@ -287,6 +288,7 @@ class Pipeline:
             fused[listed.held] = ranking.fuse(read["test"], priors, choice)
             places[name] = protocol.place_reranked(places[RETRIEVED], listed.items, fused, wanted)
         self.places = places
+        protocol.write_places(folder / PLACES, places, self.histories, test)
 
         result = {
             "version": __version__,

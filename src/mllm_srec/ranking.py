@@ -1,23 +1,24 @@
 """Stage 3, ranking: readings of the packed pass and their fusion with retrieval.
 
 Readings per candidate: the odds of "Yes", and the mean log-likelihood of its text; each also minus the same reading for
-the empty user, which takes out what the item says for itself. Fusion adds within-user standardised scores.
+the empty user, which takes out what the item says for itself. Fusion adds within-user standardised scores, so weighted
+that validation's targets are likeliest.
 """
 
-import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, combinations
 
 import numpy as np
 import pyarrow as pa
 
-from mllm_srec import metrics
 from mllm_srec.catalogue import Catalogue
 from mllm_srec.errors import ModelError
 from mllm_srec.mllm.base import Mllm, Picture, Request, check_finite, told
 from mllm_srec.mllm.guard import check_once
 from mllm_srec.mllm.local import LocalMllm
+from mllm_srec.newton import minimise
 from mllm_srec.prompts import ranking as prompts
 from mllm_srec.records import ranking_request
 from mllm_srec.user_states import NOBODY, UserState
@@ -27,7 +28,10 @@ from mllm_srec.workspace import Job, Table, Workspace, fingerprint
 SCORES = Table("scores", pa.schema([("odds", pa.list_(pa.float32())), ("loglik", pa.list_(pa.float32()))]))
 PRIORS = Table("item_priors", pa.schema([("odds", pa.float32()), ("loglik", pa.float32())]))
 
-WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0)
+RIDGE = 2.0
+"""On the fusion's weights, in nats over all lists: few lists give no reading a large weight."""
+LIKELIER = 1e-9
+"""Nats per list; less is rounding."""
 
 
 @dataclass(frozen=True)
@@ -74,39 +78,96 @@ def fuse(candidates: Candidates, priors: np.ndarray, fusion: Fusion) -> np.ndarr
     return fused
 
 
-def choose_fusion(candidates: Candidates, priors: np.ndarray, target: np.ndarray, cutoff: int = 10) -> Fusion:
-    """The best of `best_fusion`."""
-    return best_fusion(candidates, priors, target, cutoff)[0]
+RETRIEVAL_ALONE = Fusion(1.0, 0.0, 0.0, False)
 
 
-def best_fusion(
-    candidates: Candidates, priors: np.ndarray | None, target: np.ndarray, cutoff: int = 10
-) -> tuple[Fusion, float]:
-    """The grid point with the best NDCG@`cutoff` over lists whose target is `target` (B,); ties go to smaller weights.
+def choose_fusion(candidates: Candidates, priors: np.ndarray | None, target: np.ndarray) -> Fusion:
+    """The choice of `best_fusion`."""
+    return best_fusion(candidates, priors, target)[0]
 
-    A target outside its list scores 0 whatever the weights, so only the lists that hold it decide; where none does,
-    retrieval stands alone. Without `priors` the empty user is not subtracted.
+
+def best_fusion(candidates: Candidates, priors: np.ndarray | None, target: np.ndarray) -> tuple[Fusion, float]:
+    """The weights that make the targets likeliest, where a candidate's chance is the softmax of its list's fused scores
+    (conditional logit: McFadden 1974), with a ridge.
+
+    Likelihood and not NDCG, whose steps over the few lists that hold their target are mostly chance. No weight is
+    negative: what would speak against its own reading is left out. The empty user is subtracted where that is likelier.
+    A target outside its list says nothing of the weights.
+
+    Args:
+        priors: as for `fuse`; None: the empty user is not subtracted.
+        target: int (B,), catalogue positions.
 
     Returns:
-        The choice, and its NDCG over the lists that hold their target, 0 where none does.
+        The choice, retrieval alone if no list holds its target or nothing tells it; and the mean log-likelihood of the
+        targets in their lists (nats, at most 0; where nothing tells them, of any item), minus infinity if no list holds
+        its target.
     """
     inside = candidates.items == target[:, None]
     held = inside.any(1)
-    best, chosen = -1.0, Fusion(1.0, 0.0, 0.0, False)
     if not held.any():
-        return chosen, 0.0
+        return RETRIEVAL_ALONE, -np.inf
     subset = Candidates(
         *(values[held] for values in (candidates.items, candidates.retrieval, candidates.odds, candidates.loglik))
     )
-    place, known = inside[held].argmax(1), np.zeros((0, 2)) if priors is None else priors
-    grid = itertools.product(WEIGHTS, WEIGHTS, (False,) if priors is None else (False, True))
-    for odds, loglik, subtract in sorted(grid, key=lambda g: (g[0] + g[1], g)):
-        fusion = Fusion(1.0, odds, loglik, subtract)
-        greater, ties = metrics.places(fuse(subset, known, fusion), place)
-        value = float(metrics.ndcg(greater, ties, cutoff).mean())
-        if value > best + 1e-12:
-            best, chosen = value, fusion
+    place, best = inside[held].argmax(1), -np.inf
+    chosen, value = RETRIEVAL_ALONE, _log_likelihood(np.zeros_like(subset.odds, dtype=np.float64), place)
+    for subtract in (False,) if priors is None else (False, True):
+        known = np.zeros((0, 2)) if priors is None else priors
+        parts = [fuse(subset, known, Fusion(a, b, c, subtract)) for a, b, c in np.eye(3)]
+        inputs = np.stack(parts, axis=-1)
+        weights, worth = _likeliest(inputs, place)
+        weights = weights.round(4)
+        if weights.any() and worth > best + LIKELIER:
+            best, value = worth, _log_likelihood(inputs @ weights, place)
+            retrieval, odds, loglik = map(float, weights)
+            chosen = Fusion(retrieval, odds, loglik, subtract)
+    return chosen, value
+
+
+def _likeliest(inputs: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, float]:
+    """Weights (M,), none negative, of float64 inputs (B, K, M) whose targets stand at `place` (B,), and the mean
+    log-likelihood less the ridge.
+
+    The best ones are those of some of the inputs fitted freely: of all subsets there are few.
+    """
+    count = inputs.shape[-1]
+    chosen, best = np.zeros(count), _log_likelihood(inputs @ np.zeros(count), place)
+    for kept in chain.from_iterable(combinations(range(count), size) for size in range(1, count + 1)):
+        weights, value = _fit(inputs[..., kept], place)
+        if weights.min() >= 0 and value > best + LIKELIER:
+            chosen, best = np.zeros(count), value
+            chosen[list(kept)] = weights
     return chosen, best
+
+
+def _fit(inputs: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, float]:
+    """As `_likeliest`, with weights of any sign."""
+    lists, ridge = np.arange(len(inputs)), RIDGE / len(inputs)
+
+    def loss(weights: np.ndarray) -> float:
+        return ridge * float(weights @ weights) / 2 - _log_likelihood(inputs @ weights, place)
+
+    def slopes(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        weighed = np.exp(_log_softmax(inputs @ weights))[..., None] * inputs
+        means = weighed.sum(1)
+        gradient = (means - inputs[lists, place]).mean(0) + ridge * weights
+        spread = np.einsum("bkm,bkn->mn", weighed, inputs) - means.T @ means
+        return gradient, spread / len(inputs) + ridge * np.eye(len(weights))
+
+    weights = minimise(loss, slopes, np.zeros(inputs.shape[-1]))
+    return weights, -loss(weights)
+
+
+def _log_likelihood(scores: np.ndarray, place: np.ndarray) -> float:
+    """Mean over lists (B, K) of the log of the softmax at `place`."""
+    return float(_log_softmax(scores)[np.arange(len(scores)), place].mean())
+
+
+def _log_softmax(scores: np.ndarray) -> np.ndarray:
+    shifted = scores - scores.max(1, keepdims=True)
+    logs: np.ndarray = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    return logs
 
 
 def item_priors(

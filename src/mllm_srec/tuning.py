@@ -46,11 +46,12 @@ SHARPNESS = 10.0
 RETRIEVAL_WEIGHT = 0.5
 """Of retrieval's score, in deviations of the candidate list, beside a listwise reading: what fits best alone."""
 LOOKS, PATIENCE = 4, 2
-"""How often validation is looked at during a training, and after how many looks without a better one it ends."""
+"""How often validation is looked at during a training, besides the look before it, and after how many looks without a
+better one it ends."""
 LOSSES = "losses.json"
 """Mean loss of each optimiser step: [{"step": 1, "loss": 0.7}, ...]."""
 LOOKED = "looks.json"
-"""What validation said: [{"step": 10, "ndcg": 0.1}, ...]."""
+"""What validation said: [{"step": 0, "loglik": -2.1}, ...]."""
 MARK = "fingerprint.txt"
 BEST = "best"
 
@@ -189,7 +190,8 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
 
 
 class _Looks(TrainerCallback):  # type: ignore[misc]
-    """Early stopping: looks at validation `LOOKS` times, keeps the best adapter, ends when none was better lately.
+    """Early stopping: looks at validation before the training and `LOOKS` times in it, keeps the best adapter, and ends
+    the training when none was better lately.
 
     A training that goes on from a checkpoint makes the looks behind it again.
     """
@@ -198,33 +200,37 @@ class _Looks(TrainerCallback):  # type: ignore[misc]
         self._look, self._folder, self._main = look, folder, main
         self.made: list[dict[str, float]] = []
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if (self._folder / LOOKED).exists():
             kept = json.loads((self._folder / LOOKED).read_text(encoding="utf-8"))
             self.made = [made for made in kept if made["step"] <= state.global_step]
+        if not self.made:
+            self._add(state, model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if state.global_step not in {round(state.max_steps * look / LOOKS) for look in range(1, LOOKS + 1)}:
             return
-        # One process's word counts for all: were rounding to tell two of them different things, one would wait forever.
-        (ndcg,) = broadcast_object_list([self._look() if self._main else 0.0])
-        if self._main:
-            if all(ndcg > made["ndcg"] for made in self.made):
-                model.save_pretrained(str(self._folder / f"{BEST}-{state.global_step}"), save_embedding_layers=False)
-            self.made.append({"step": state.global_step, "ndcg": ndcg})
-            atomic_write(self._folder / LOOKED, json.dumps(self.made))
-            say(f"train: step {state.global_step} of {state.max_steps}: NDCG@10 on validation {ndcg:.4f}")
-        else:
-            self.made.append({"step": state.global_step, "ndcg": ndcg})
-        best = max(range(len(self.made)), key=lambda at: (self.made[at]["ndcg"], -at))
+        self._add(state, model)
+        best = max(range(len(self.made)), key=lambda at: (self.made[at]["loglik"], -at))
         if len(self.made) - 1 - best >= PATIENCE:
             # From a checkpoint of this step an interrupted training would go on.
             control.should_training_stop, control.should_save = True, False
 
+    def _add(self, state: Any, model: Any) -> None:
+        # One process's word counts for all: were rounding to tell two of them different things, one would wait forever.
+        (loglik,) = broadcast_object_list([self._look() if self._main else 0.0])
+        better = all(loglik > made["loglik"] for made in self.made)
+        self.made.append({"step": state.global_step, "loglik": loglik})
+        if self._main:
+            if better:
+                model.save_pretrained(str(self._folder / f"{BEST}-{state.global_step}"), save_embedding_layers=False)
+            atomic_write(self._folder / LOOKED, json.dumps(self.made))
+            say(f"train: step {state.global_step} of {state.max_steps}: log-likelihood on validation {loglik:.4f}")
+
     @property
     def best(self) -> Path:
         """The best adapter's folder; of equal ones the earliest."""
-        made = max(self.made, key=lambda made: (made["ndcg"], -made["step"]))
+        made = max(self.made, key=lambda made: (made["loglik"], -made["step"]))
         return self._folder / f"{BEST}-{int(made['step'])}"
 
 
@@ -243,8 +249,8 @@ def train(
     rows, and the first one writes.
 
     Args:
-        look: NDCG@10 on validation of the model as it stands; asked `LOOKS` times, and the best adapter is kept.
-            Without it the last one is.
+        look: how likely validation's targets are by the model as it stands (mean log-likelihood, nats); asked before
+            the training and `LOOKS` times in it, and the best adapter is kept. Without it the last one is.
 
     Raises:
         ModelError: packed rows do not say what separate prompts say, or the loss is not finite.
@@ -416,9 +422,9 @@ def made_of(folder: Path) -> str | None:
 
 
 def validated(folder: Path) -> float:
-    """The best NDCG@10 on validation that a finished training has seen; 0 if it has not looked."""
+    """The best log-likelihood on validation that a finished training has seen; minus infinity if it has not looked."""
     looks = read_manifest(folder).get("validation", [])
-    return max((float(made["ndcg"]) for made in looks), default=0.0)
+    return max((float(made["loglik"]) for made in looks), default=float("-inf"))
 
 
 class _Rows(torch.utils.data.Dataset[TrainingRecord]):

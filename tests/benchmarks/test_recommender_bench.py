@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,6 +63,26 @@ class Model(FakeMllm):
 def make_log(model: Model | None = None, **pipeline: Any) -> users_common.Log:
     made = SimpleNamespace(catalogue=CATALOGUE, folder=Path("run"), **pipeline)
     return users_common.Log("set", made, model or Model())  # type: ignore[arg-type]
+
+
+# Gains over the sets
+
+
+def test_gains_over_the_sets_count_each_set_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def log(folder: Path, ours: list[int], theirs: list[int]) -> Any:
+        folder.mkdir()
+        rows = {"system": ["MLLM-SRec"] * len(ours) + ["retrieval"] * len(theirs), "greater": ours + theirs}
+        users = [f"u{number}" for number in (*range(len(ours)), *range(len(theirs)))]
+        pl.DataFrame(rows | {"user_id": users, "ties": [0] * len(users)}).write_parquet(folder / "places.parquet")
+        return SimpleNamespace(pipeline=SimpleNamespace(folder=folder))
+
+    # Places 1 and 3 are worth 1 and .5, places behind 10 nothing: from .5 to .75, and from 1 to .5.
+    logs = {"one": log(tmp_path / "one", [0, 2, 0, 2], [2, 2, 2, 2]), "two": log(tmp_path / "two", [0, 10], [0, 0])}
+    monkeypatch.setattr(program, "opened", lambda bench, place: logs[place.name])
+    found = program.together(Bench(tmp_path, tmp_path, 0), {name: tmp_path / name for name in logs})
+    assert [found[name]["value"] for name in ("one", "two", "together")] == pytest.approx([0.5, -0.5, 0.0])
+    assert [found[name]["met"] for name in ("one", "two", "together")] == [True, False, False]
+    assert [found[name]["n"] for name in ("one", "two", "together")] == [4, 2, 6]
 
 
 # Uniform negatives

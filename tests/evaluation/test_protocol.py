@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -180,6 +181,21 @@ def test_each_target_has_every_metric_at_every_cutoff() -> None:
     }
     for name, wanted in expected.items():
         np.testing.assert_allclose(values[name], wanted, rtol=1e-14)
+
+
+def test_places_are_written_for_whoever_compares_further(tmp_path: Path) -> None:
+    systems = {"one": Places(ints(0, 1, 2, 3), ints(1, 1, 2, 1)), "two": Places(ints(4, 0, 0, 1), ints(1, 1, 1, 3))}
+    protocol.write_places(tmp_path / "places.parquet", systems, HISTORIES, TARGETS)
+    table = pl.read_parquet(tmp_path / "places.parquet")
+    assert table.columns == ["system", "user_id", "position", "item_id", "greater", "ties"]
+    assert table["system"].to_list() == ["one"] * 4 + ["two"] * 4
+    wanted = protocol.target_items(HISTORIES, TARGETS)
+    for name, places in systems.items():
+        rows = table.filter(pl.col("system") == name)
+        assert rows["user_id"].to_list() == [HISTORIES.users[user] for user in TARGETS.user]
+        assert rows["position"].to_list() == TARGETS.position.tolist()
+        assert rows["item_id"].to_list() == [HISTORIES.items[item] for item in wanted]
+        assert (rows["greater"].to_list(), rows["ties"].to_list()) == (places.greater.tolist(), places.ties.tolist())
 
 
 CONFIG = Config(evaluation=EvaluationConfig(cutoffs=(2,), bootstrap=200), seed=5)

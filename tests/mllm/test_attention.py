@@ -85,7 +85,7 @@ ROWS = {
 
 def test_a_segment_sees_its_prefix_and_itself() -> None:
     row = row_of(Block(2, False, (2, 1)), Block(2, True, (1, 2)))
-    seen = ["".join("1" if value else "." for value in line) for line in row.visible.tolist()]
+    seen = ["".join("1" if value else "." for value in line) for line in row.visible(torch.device("cpu")).tolist()]
     assert seen == [
         #   kept | a a b | prefix | c d d
         "11" "1.." ".." "...",

@@ -6,9 +6,12 @@ over its random orders.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 
 from mllm_srec import metrics
 from mllm_srec.config import Config
@@ -17,6 +20,7 @@ from mllm_srec.data.split import Split, Targets
 from mllm_srec.data.split import histories_of as histories_of
 from mllm_srec.data.split import target_items as target_items
 from mllm_srec.retrieval.signals import rows_at_once
+from mllm_srec.store_files import atomic_write
 
 Scorer = Callable[[Queries], np.ndarray]
 """Queries -> float32 (B, I) scores of the whole catalogue."""
@@ -97,6 +101,33 @@ def place_reranked(retrieved: Places, items: np.ndarray, fused: np.ndarray, targ
     above, equal = metrics.places(fused, inside.argmax(1))
     greater[held], ties[held] = above[held], equal[held]
     return Places(greater, ties)
+
+
+def write_places(file: Path, systems: dict[str, Places], histories: Histories, targets: Targets) -> None:
+    """A parquet table with a row per system and target: whose it is, which item, and its place in the full catalogue
+    (`greater` items stand above it, `ties` beside it), for comparisons that the report does not make.
+
+    Raises:
+        StoreError: the file cannot be written.
+    """
+    users = [histories.users[user] for user in targets.user.tolist()]
+    wanted = [histories.items[item] for item in target_items(histories, targets).tolist()]
+    rows = pl.concat(
+        pl.DataFrame(
+            {
+                "system": [name] * len(users),
+                "user_id": users,
+                "position": targets.position,
+                "item_id": wanted,
+                "greater": places.greater,
+                "ties": places.ties,
+            }
+        )
+        for name, places in systems.items()
+    )
+    table = BytesIO()
+    rows.write_parquet(table)
+    atomic_write(file, table.getvalue())
 
 
 def per_target(places: Places, cutoffs: Sequence[int]) -> dict[str, np.ndarray]:

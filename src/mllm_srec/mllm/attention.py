@@ -3,8 +3,8 @@
 A segment's token sees its block's prefix and its own segment up to itself. On a CPU no mask is built: attention to the
 prefix (all segments at once) and within each segment (a causal batch) are two calls of the flash kernel, merged by
 their log-sum-exps: softmax over A and B together is sigmoid(lse_B - lse_A) of B's output and the rest of A's. That is
-exact, and nothing is multiplied that a mask would throw away. On a CUDA device the same rule is a block mask of
-FlexAttention, elsewhere a dense mask.
+exact, and nothing is multiplied that a mask would throw away. On a CUDA device the same rule is a dense mask, and for
+long rows a block mask of FlexAttention; elsewhere a dense mask.
 
 `NAME` is registered with transformers as a way of attending. Calls without a packed row are those of "sdpa".
 """
@@ -23,6 +23,9 @@ from transformers.masking_utils import sdpa_mask
 from mllm_srec.errors import ModelError
 
 NAME = "mllm_srec_packed"
+DENSE_TOKENS = 4096
+"""Keys of a row up to which a dense mask is used on a CUDA device: FlexAttention took 1.5 to 1.8 times as long for
+such rows, besides its compilation (docs/log.md)."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -70,6 +73,7 @@ class PackedRow:
     layers_read: int = 0
     """Counted by the attention: a model whose layers do not pass the row on would attend to everything."""
     _block_mask: Any = field(default=None, repr=False)
+    _masks: dict[torch.device, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse a block whose prefix is nowhere.
@@ -106,14 +110,16 @@ class PackedRow:
                 add(number, segment, length)
         return torch.cat(blocks), torch.cat(segments), kept
 
-    @cached_property
-    def visible(self) -> torch.Tensor:
-        """bool (T, K): which keys (the kept prefixes' and then the row's own) each of the row's tokens sees."""
-        block, segment, kept = self.order
-        at = torch.arange(len(block))
-        own = (segment == -1) | (segment == segment[kept:, None])
-        seen: torch.Tensor = (block == block[kept:, None]) & own & (at <= at[kept:, None])
-        return seen
+    def visible(self, device: torch.device) -> torch.Tensor:
+        """bool (T, K): which keys (the kept prefixes' and then the row's own) each of the row's tokens sees; made once
+        per row."""
+        if device not in self._masks:
+            block, segment, kept = self.order
+            block, segment = block.to(device), segment.to(device)
+            at = torch.arange(len(block), device=device)
+            own = (segment == -1) | (segment == segment[kept:, None])
+            self._masks[device] = (block == block[kept:, None]) & own & (at <= at[kept:, None])
+        return self._masks[device]
 
     def block_mask(self, device: torch.device) -> Any:
         """`visible` as FlexAttention's block mask; made once per row."""
@@ -156,7 +162,9 @@ def attention(
     if unknown:
         raise ModelError(f"packed rows need plain full attention, not {' and '.join(unknown)}: choose another model")
     packed_row.layers_read += 1
-    form = {"cpu": merged, "cuda": flexed}.get(query.device.type, masked)
+    form = merged if query.device.type == "cpu" else masked
+    if query.device.type == "cuda" and len(packed_row.order[0]) > DENSE_TOKENS:
+        form = flexed
     return form(query, key, value, packed_row, module.layer_idx, scaling).transpose(1, 2), None
 
 
@@ -187,7 +195,7 @@ def merged(
 def flexed(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: PackedRow, layer: int, scaling: float | None
 ) -> torch.Tensor:
-    """(1, H, T, D) by FlexAttention, which skips what the row's block mask leaves out; for CUDA devices."""
+    """(1, H, T, D) by FlexAttention, which skips what the row's block mask leaves out; for long rows on CUDA."""
     key, value = _with_kept(key, value, row, layer)
     attend = _flex(query.device.type)
     gqa = query.shape[1] != key.shape[1]
@@ -198,12 +206,13 @@ def flexed(
 def masked(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: PackedRow, layer: int, scaling: float | None
 ) -> torch.Tensor:
-    """(1, H, T, D) under a dense mask; for devices without a kernel of their own."""
+    """(1, H, T, D) under a dense mask; for all devices but CPUs."""
     key, value = _with_kept(key, value, row, layer)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    visible = row.visible.to(query.device)
-    return functional.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scaling)
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=row.visible(query.device), scale=scaling
+    )
 
 
 def _with_kept(key: torch.Tensor, value: torch.Tensor, row: PackedRow, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
