@@ -20,9 +20,9 @@ def main() -> None:
     """Train; only the first process looks, so that no two of them can see different things."""
     left = iter(VALUES)
 
-    def look() -> float:
+    def look() -> list[float]:
         assert os.environ["RANK"] == "0", "another process than the first has looked"
-        return next(left)
+        return [next(left)]
 
     train(tiny_mllm(), ROWS, settings(accumulate=2), Path(sys.argv[1]), look=look)
 

@@ -6,7 +6,6 @@ among its candidates, so neither its user's state nor its list is read by the mo
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -195,7 +194,7 @@ class Pipeline:
         shutil.rmtree(self.folder / ADAPTER, ignore_errors=True)
         shutil.copytree(folders[best], self.folder / ADAPTER)
 
-    def _look(self) -> Callable[[], float] | None:
+    def _look(self) -> tuning.Look | None:
         """How likely the targets of some validation lists are, in nats, fused as is best for them; None without any.
 
         The lists are cut to the target and a few others, drawn once: more lists say more than longer ones.
@@ -213,10 +212,11 @@ class Pipeline:
         states = self._states(part, some)
         requests = [ranking_request(state, self.catalogue, row) for state, row in zip(states, shown, strict=True)]
 
-        def look() -> float:
+        def look() -> list[float]:
             scores = np.stack(self.mllm.score(requests))
             read = ranking.Candidates(shown, retrieved, scores[..., 0], scores[..., 1])
-            return ranking.best_fusion(read, None, wanted)[1]
+            likely: list[float] = ranking.best_fusion(read, None, wanted)[1].tolist()
+            return likely
 
         return look
 

@@ -86,7 +86,7 @@ def choose_fusion(candidates: Candidates, priors: np.ndarray | None, target: np.
     return best_fusion(candidates, priors, target)[0]
 
 
-def best_fusion(candidates: Candidates, priors: np.ndarray | None, target: np.ndarray) -> tuple[Fusion, float]:
+def best_fusion(candidates: Candidates, priors: np.ndarray | None, target: np.ndarray) -> tuple[Fusion, np.ndarray]:
     """The weights that make the targets likeliest, where a candidate's chance is the softmax of its list's fused scores
     (conditional logit: McFadden 1974), with a ridge.
 
@@ -99,19 +99,18 @@ def best_fusion(candidates: Candidates, priors: np.ndarray | None, target: np.nd
         target: int (B,), catalogue positions.
 
     Returns:
-        The choice, retrieval alone if no list holds its target or nothing tells it; and the mean log-likelihood of the
-        targets in their lists (nats, at most 0; where nothing tells them, of any item), minus infinity if no list holds
-        its target.
+        The choice, retrieval alone if no list holds its target or nothing tells it; and float64 (B',), the
+        log-likelihood of the target in each list that holds it (nats; where nothing tells them, of any item).
     """
     inside = candidates.items == target[:, None]
     held = inside.any(1)
     if not held.any():
-        return RETRIEVAL_ALONE, -np.inf
+        return RETRIEVAL_ALONE, np.zeros(0)
     subset = Candidates(
         *(values[held] for values in (candidates.items, candidates.retrieval, candidates.odds, candidates.loglik))
     )
     place, best = inside[held].argmax(1), -np.inf
-    chosen, value = RETRIEVAL_ALONE, _log_likelihood(np.zeros_like(subset.odds, dtype=np.float64), place)
+    chosen, likely = RETRIEVAL_ALONE, _log_likelihoods(np.zeros(subset.items.shape), place)
     for subtract in (False,) if priors is None else (False, True):
         known = np.zeros((0, 2)) if priors is None else priors
         parts = [fuse(subset, known, Fusion(a, b, c, subtract)) for a, b, c in np.eye(3)]
@@ -119,10 +118,10 @@ def best_fusion(candidates: Candidates, priors: np.ndarray | None, target: np.nd
         weights, worth = _likeliest(inputs, place)
         weights = weights.round(4)
         if weights.any() and worth > best + LIKELIER:
-            best, value = worth, _log_likelihood(inputs @ weights, place)
+            best, likely = worth, _log_likelihoods(inputs @ weights, place)
             retrieval, odds, loglik = map(float, weights)
             chosen = Fusion(retrieval, odds, loglik, subtract)
-    return chosen, value
+    return chosen, likely
 
 
 def _likeliest(inputs: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, float]:
@@ -132,7 +131,7 @@ def _likeliest(inputs: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, float
     The best ones are those of some of the inputs fitted freely: of all subsets there are few.
     """
     count = inputs.shape[-1]
-    chosen, best = np.zeros(count), _log_likelihood(inputs @ np.zeros(count), place)
+    chosen, best = np.zeros(count), float(_log_likelihoods(inputs @ np.zeros(count), place).mean())
     for kept in chain.from_iterable(combinations(range(count), size) for size in range(1, count + 1)):
         weights, value = _fit(inputs[..., kept], place)
         if weights.min() >= 0 and value > best + LIKELIER:
@@ -146,7 +145,7 @@ def _fit(inputs: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, float]:
     lists, ridge = np.arange(len(inputs)), RIDGE / len(inputs)
 
     def loss(weights: np.ndarray) -> float:
-        return ridge * float(weights @ weights) / 2 - _log_likelihood(inputs @ weights, place)
+        return float(ridge * weights @ weights / 2 - _log_likelihoods(inputs @ weights, place).mean())
 
     def slopes(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         weighed = np.exp(_log_softmax(inputs @ weights))[..., None] * inputs
@@ -159,9 +158,10 @@ def _fit(inputs: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, float]:
     return weights, -loss(weights)
 
 
-def _log_likelihood(scores: np.ndarray, place: np.ndarray) -> float:
-    """Mean over lists (B, K) of the log of the softmax at `place`."""
-    return float(_log_softmax(scores)[np.arange(len(scores)), place].mean())
+def _log_likelihoods(scores: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """float64 (B,): the log of the softmax of each list of (B, K) at `place`."""
+    likely: np.ndarray = _log_softmax(scores)[np.arange(len(scores)), place]
+    return likely
 
 
 def _log_softmax(scores: np.ndarray) -> np.ndarray:

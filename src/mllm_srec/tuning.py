@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -46,14 +46,16 @@ SHARPNESS = 10.0
 RETRIEVAL_WEIGHT = 0.5
 """Of retrieval's score, in deviations of the candidate list, beside a listwise reading: what fits best alone."""
 LOOKS, PATIENCE = 4, 2
-"""How often validation is looked at during a training, besides the look before it, and after how many looks without a
-better one it ends."""
+"""How often validation is looked at during a training, besides the look before it, and after how many looks that are
+worse than the best one it ends."""
 LOSSES = "losses.json"
 """Mean loss of each optimiser step: [{"step": 1, "loss": 0.7}, ...]."""
 LOOKED = "looks.json"
-"""What validation said: [{"step": 0, "loglik": -2.1}, ...]."""
+"""What validation said: [{"step": 0, "loglik": -2.1, "logliks": [of each list]}, ...]."""
 MARK = "fingerprint.txt"
-BEST = "best"
+LOOKED_AT = "looked-at"
+Look = Callable[[], list[float]]
+"""How likely each of some validation targets is by the model as it stands (log-likelihood, nats)."""
 
 
 def row_loss(mllm: LocalMllm, record: TrainingRecord, objective: Objective = "both") -> torch.Tensor:
@@ -190,15 +192,17 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
 
 
 class _Looks(TrainerCallback):  # type: ignore[misc]
-    """Early stopping: looks at validation before the training and `LOOKS` times in it, keeps the best adapter, and ends
-    the training when none was better lately.
+    """Early stopping: looks at validation before the training and `LOOKS` times in it, and ends it when the latest ones
+    are all worse than the best one. The last adapter that is not worse than the best is kept.
 
-    A training that goes on from a checkpoint makes the looks behind it again.
+    Worse is what lies more than a standard error of the paired difference below: a few dozen lists tell no finer, and
+    of adapters that they do not tell apart the one that has learnt longest is the better guess. A training that goes on
+    from a checkpoint makes the looks behind it again.
     """
 
-    def __init__(self, look: Callable[[], float], folder: Path, main: bool) -> None:
+    def __init__(self, look: Look, folder: Path, main: bool) -> None:
         self._look, self._folder, self._main = look, folder, main
-        self.made: list[dict[str, float]] = []
+        self.made: list[dict[str, Any]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if (self._folder / LOOKED).exists():
@@ -211,27 +215,30 @@ class _Looks(TrainerCallback):  # type: ignore[misc]
         if state.global_step not in {round(state.max_steps * look / LOOKS) for look in range(1, LOOKS + 1)}:
             return
         self._add(state, model)
-        best = max(range(len(self.made)), key=lambda at: (self.made[at]["loglik"], -at))
-        if len(self.made) - 1 - best >= PATIENCE:
+        if len(self.made) > PATIENCE and all(map(self._worse, self.made[-PATIENCE:])):
             # From a checkpoint of this step an interrupted training would go on.
             control.should_training_stop, control.should_save = True, False
 
     def _add(self, state: Any, model: Any) -> None:
         # One process's word counts for all: were rounding to tell two of them different things, one would wait forever.
-        (loglik,) = broadcast_object_list([self._look() if self._main else 0.0])
-        better = all(loglik > made["loglik"] for made in self.made)
-        self.made.append({"step": state.global_step, "loglik": loglik})
+        (logliks,) = broadcast_object_list([self._look() if self._main else []])
+        self.made.append({"step": state.global_step, "loglik": fmean(logliks), "logliks": logliks})
         if self._main:
-            if better:
-                model.save_pretrained(str(self._folder / f"{BEST}-{state.global_step}"), save_embedding_layers=False)
+            model.save_pretrained(str(self._folder / f"{LOOKED_AT}-{state.global_step}"), save_embedding_layers=False)
             atomic_write(self._folder / LOOKED, json.dumps(self.made))
-            say(f"train: step {state.global_step} of {state.max_steps}: log-likelihood on validation {loglik:.4f}")
+            said = f"log-likelihood on validation {fmean(logliks):.4f}"
+            say(f"train: step {state.global_step} of {state.max_steps}: {said}")
+
+    def _worse(self, made: dict[str, Any]) -> bool:
+        best = max(self.made, key=lambda other: other["loglik"])
+        below = [b - m for b, m in zip(best["logliks"], made["logliks"], strict=True)]
+        error = stdev(below) / len(below) ** 0.5 if len(below) > 1 else 0.0
+        return fmean(below) > error
 
     @property
-    def best(self) -> Path:
-        """The best adapter's folder; of equal ones the earliest."""
-        made = max(self.made, key=lambda made: (made["loglik"], -made["step"]))
-        return self._folder / f"{BEST}-{int(made['step'])}"
+    def kept(self) -> dict[str, Any]:
+        """The look at the adapter that is kept."""
+        return next(made for made in reversed(self.made) if not self._worse(made))
 
 
 def train(
@@ -240,7 +247,7 @@ def train(
     config: Config,
     folder: Path,
     objective: Objective = "both",
-    look: Callable[[], float] | None = None,
+    look: Look | None = None,
 ) -> None:
     """Fit a LoRA adapter on `records`, save it in `folder` and attach it to `mllm`.
 
@@ -249,8 +256,8 @@ def train(
     rows, and the first one writes.
 
     Args:
-        look: how likely validation's targets are by the model as it stands (mean log-likelihood, nats); asked before
-            the training and `LOOKS` times in it, and the best adapter is kept. Without it the last one is.
+        look: asked before the training and `LOOKS` times in it; the last adapter is kept that it does not find worse
+            than the best. Without it the last one is.
 
     Raises:
         ModelError: packed rows do not say what separate prompts say, or the loss is not finite.
@@ -320,12 +327,13 @@ def _save(
     """The adapter with what is known of its training, the manifest last; then the checkpoints go."""
     peft_model.peft_config["default"].base_model_name_or_path = name
     if looks is not None and looks.made:
+        kept = looks.kept
         for file in ("adapter_config.json", "adapter_model.safetensors"):
-            shutil.copyfile(looks.best / file, folder / file)
+            shutil.copyfile(folder / CHECKPOINTS / f"{LOOKED_AT}-{kept['step']}" / file, folder / file)
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         atomic_write(folder / "adapter_config.json", json.dumps(config | {"base_model_name_or_path": name}, indent=2))
         atomic_write(folder / LOOKED, json.dumps(looks.made))
-        manifest |= {"validation": looks.made}
+        manifest |= {"kept": {name: kept[name] for name in ("step", "loglik")}}
     else:
         peft_model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" would ask the hub about `name`
     (folder / "README.md").unlink(missing_ok=True)  # peft's form for a model card, empty
@@ -422,9 +430,9 @@ def made_of(folder: Path) -> str | None:
 
 
 def validated(folder: Path) -> float:
-    """The best log-likelihood on validation that a finished training has seen; minus infinity if it has not looked."""
-    looks = read_manifest(folder).get("validation", [])
-    return max((float(made["loglik"]) for made in looks), default=float("-inf"))
+    """The mean log-likelihood on validation that a finished training's adapter has; minus infinity if it has not
+    looked."""
+    return float(read_manifest(folder).get("kept", {}).get("loglik", float("-inf")))
 
 
 class _Rows(torch.utils.data.Dataset[TrainingRecord]):
