@@ -25,8 +25,9 @@ demo: setup
 	test -e $(DEMO)/ws || $(BIN)/mllm-srec ingest $(DEMO)/shop $(DEMO)/ws --config examples/demo.yaml
 	$(BIN)/mllm-srec run $(DEMO)/ws
 
+# Two processes, a file of tests to each; torch's own threads would only be in their way.
 test: check
-	$(BIN)/pytest -rs --cov --cov-report=term --cov-fail-under=85
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -rs --cov --cov-report=term --cov-fail-under=85
 
 check: setup
 	$(BIN)/ruff check src tests benchmarks tools
