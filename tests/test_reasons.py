@@ -190,6 +190,20 @@ def test_an_event_with_the_items_own_title_is_an_event() -> None:
     assert reason("It is red, like Basic tee. Yes", catalogue=catalogue, history="a").events == ()
 
 
+def test_another_version_of_a_choice_is_said_to_be_one() -> None:
+    catalogue = named(b="Basic tee", c="Basic tee", d="Basic tee")
+    version = Sentence("Another version of Basic tee, chosen before.", "evidence", (), ("d",))
+    made = reason("It is red, like Basic tee. Yes", catalogue=catalogue, history="abd")  # d is the newest of the name
+    assert made.sentences[0] == version
+    assert made.sentences[1].by == made.by == "model"
+    made = reason("", catalogue=catalogue, history="abd")
+    assert made.sentences[0] == version and made.by == "evidence" and len(made.sentences) == 2
+    # Neither the item itself, chosen before, nor an item of another title is another version of it.
+    assert version not in reason("", catalogue=catalogue, history="ac").sentences
+    assert version not in reason("", history="abd").sentences
+    assert all("version" not in sentence.text for sentence in reason("", catalogue=catalogue, history="ac").sentences)
+
+
 def test_of_events_with_one_title_the_newest_of_which_it_is_true_is_meant() -> None:
     assert reason("It is red, like Tee. Yes", catalogue=named(a="Tee", d="Tee")).events == ("a",)
     assert reason("It shares hat with Tee. Yes", catalogue=named(a="Tee", b="Tee"), history="ba").events == ("b",)

@@ -58,8 +58,8 @@ class Reason:
 
     @property
     def by(self) -> str:
-        """ "model" where its own words passed the check, else "evidence"."""
-        return self.sentences[0].by
+        """ "model" where some of its own words passed the check, else "evidence"."""
+        return "model" if any(sentence.by == "model" for sentence in self.sentences) else "evidence"
 
     @property
     def facts(self) -> tuple[str, ...]:
@@ -87,6 +87,7 @@ def explain(
     Of what the model writes a sentence is kept if all in it is borne out (`_checked`), and none where its answer is
     "No". Otherwise the evidence gives the reason: tastes that are met, else the history item chosen `together` with it
     most often, else the one most `similar` in content (catalogue positions or None), else mere words that are met.
+    Before either it is said if the item is another version (colour, size, issue) of a choice: of the same title.
     `history` and `disliked` are the items that the user did not dislike and did, oldest first.
     """
     if len(items) == 0:
@@ -101,8 +102,18 @@ def explain(
         if answer is None or answer[1] == "Yes":
             kept = _checked(text[: answer.start(1)] if answer else text, catalogue, state, calls, item)
         found = find_evidence(state, catalogue, item, history, disliked)
-        reasons.append(Reason(tuple(kept) or (_from_evidence(catalogue, item, found, company, kin),)))
+        why = tuple(kept) or (_from_evidence(catalogue, item, found, company, kin),)
+        reasons.append(Reason((*_version(catalogue, item, history), *why)))
     return reasons
+
+
+def _version(catalogue: Catalogue, item: int, history: np.ndarray) -> tuple[Sentence, ...]:
+    """That the newest event with the item's title is another version of it, if there is one."""
+    name = title(catalogue, item)
+    for event in history[::-1].tolist():
+        if event != item and title(catalogue, event) == name:
+            return (Sentence(prompts.version(name), "evidence", (), (catalogue.ids[event],)),)
+    return ()
 
 
 def _checked(

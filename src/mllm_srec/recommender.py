@@ -120,7 +120,8 @@ class Recommendation:
     item_id: str
     title: str
     score: float
-    """Fused score: within-user standardised, comparable inside this list only."""
+    """Fused score, for comparing inside this list only: an item that is d above another is e^d times as likely, as far
+    as validation could tell."""
     retrieval: float
     odds: float
     """Log-odds of Yes over No."""

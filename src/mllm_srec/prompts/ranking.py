@@ -124,6 +124,11 @@ def ask_rationale(chosen: bool) -> str:
     )
 
 
+def version(event: str) -> str:
+    """A reason from the names: this item is called as `event` is, and is another one."""
+    return f"Another version of {event}, chosen before."
+
+
 def together(event: str) -> str:
     """A reason from the log: users who chose `event` chose this item as well."""
     return f"Often chosen by those who chose {event}."
