@@ -74,8 +74,8 @@ def test_the_last_try_tells_what_it_met() -> None:
         ("7", 7, 7),
         ("0", 0.5, 1),  # the backoff is the least
         ("100000", MAX_WAIT, MAX_WAIT),
-        (formatdate(time.time() + 3600, usegmt=True), MAX_WAIT, MAX_WAIT),
-        (formatdate(time.time() - 60, usegmt=True), 0.5, 1),
+        pytest.param(formatdate(time.time() + 3600, usegmt=True), MAX_WAIT, MAX_WAIT, id="in an hour"),
+        pytest.param(formatdate(time.time() - 60, usegmt=True), 0.5, 1, id="a minute ago"),
         ("soon", 0.5, 1),
         ("-5", 0.5, 1),
     ],
