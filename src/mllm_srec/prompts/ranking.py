@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-VERSION = "ranking-4"
+VERSION = "ranking-5"
 
 SYSTEM = "You predict which item a user chooses next."
 QUESTION = "\nYes or No?"
