@@ -327,6 +327,18 @@ def test_an_interrupted_ladder_goes_on(
     assert not (again / "runs/ladder/.mllm-msr.partial").exists()
 
 
+def test_a_rung_configured_as_main_learns_nothing_that_main_has_learnt(
+    climbed: Climbed, again: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(again / "runs/ladder/cot")
+    assert ladder.run(Workspace.open(again)) == climbed.result
+    assert capsys.readouterr().err.count("train: adapter of") == len(climbed.result["fusion"])
+    shutil.rmtree(again / "runs/ladder/cot")
+    shutil.rmtree(again / "runs/main/adapter")
+    assert ladder.run(Workspace.open(again)) == climbed.result  # one seed, one adapter
+    assert capsys.readouterr().err.count("train: adapter of") == len(climbed.result["fusion"]) - 1
+
+
 def test_other_settings_are_measured_again(again: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def evaluate(self: Pipeline) -> None:
         raise RuntimeError(f"{self.folder.name} is evaluated with {self.config.evaluation.bootstrap}")

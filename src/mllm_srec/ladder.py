@@ -110,6 +110,8 @@ def run(workspace: Workspace) -> dict[str, Any]:
             say(f"ladder: {name}")
             rung = _pipeline(main, config, name)
             _lend(lender, rung.folder)
+            if config == workspace.config:
+                _lend_adapter(main.folder, rung.folder)
             if rung.workspace.root != workspace.root:
                 rung.comprehend()
             measured[name] = _measure(rung)
@@ -228,6 +230,15 @@ def _lend(lender: Path, folder: Path) -> None:
     if (lender / ENCODERS).exists():
         with storing(str(folder / ENCODERS)):
             shutil.copytree(lender / ENCODERS, folder / ENCODERS, dirs_exist_ok=True)
+
+
+def _lend_adapter(lender: Path, folder: Path) -> None:
+    """Give a rung that is configured as the workspace is what the run in `lender` has learnt, if it has learnt nothing
+    itself; whether that is of the same rows training finds out."""
+    if tuning.made_of(folder / ADAPTER) is None and tuning.made_of(lender / ADAPTER) is not None:
+        with storing(str(folder / ADAPTER)):
+            for of_objective in lender.glob(f"{ADAPTER}*"):
+                shutil.copytree(of_objective, folder / of_objective.name, dirs_exist_ok=True)
 
 
 def _measure(rung: Pipeline) -> Measured:

@@ -45,9 +45,8 @@ SHARPNESS = 10.0
 """Mean log-likelihoods of likely and unlikely texts are a tenth of a nat apart, log-odds a whole one."""
 RETRIEVAL_WEIGHT = 0.5
 """Of retrieval's score, in deviations of the candidate list, beside a listwise reading: what fits best alone."""
-LOOKS, PATIENCE = 4, 2
-"""How often validation is looked at during a training, besides the look before it, and after how many looks that are
-worse than the best one it ends."""
+LOOKS = 4
+"""How often validation is looked at during a training, besides the look before it."""
 LOSSES = "losses.json"
 """Mean loss of each optimiser step: [{"step": 1, "loss": 0.7}, ...]."""
 LOOKED = "looks.json"
@@ -192,8 +191,9 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
 
 
 class _Looks(TrainerCallback):  # type: ignore[misc]
-    """Early stopping: looks at validation before the training and `LOOKS` times in it, and ends it when the latest ones
-    are all worse than the best one. The last adapter that is not worse than the best is kept.
+    """Looks at validation before the training and `LOOKS` times in it; the last adapter that is not worse than the best
+    is kept. That is early stopping in what is kept, not in time: the learning rate falls to 0 over all steps, so that a
+    look on the way is at an adapter that still jumps, and most is learnt in the last quarter.
 
     Worse is what lies more than a standard error of the paired difference below: a few dozen lists tell no finer, and
     of adapters that they do not tell apart the one that has learnt longest is the better guess. A training that goes on
@@ -212,12 +212,8 @@ class _Looks(TrainerCallback):  # type: ignore[misc]
             self._add(state, model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if state.global_step not in {round(state.max_steps * look / LOOKS) for look in range(1, LOOKS + 1)}:
-            return
-        self._add(state, model)
-        if len(self.made) > PATIENCE and all(map(self._worse, self.made[-PATIENCE:])):
-            # From a checkpoint of this step an interrupted training would go on.
-            control.should_training_stop, control.should_save = True, False
+        if state.global_step in {round(state.max_steps * look / LOOKS) for look in range(1, LOOKS + 1)}:
+            self._add(state, model)
 
     def _add(self, state: Any, model: Any) -> None:
         # One process's word counts for all: were rounding to tell two of them different things, one would wait forever.
