@@ -14,6 +14,7 @@ from mllm_srec.mllm.base import Prompt
 from mllm_srec.prompts import ranking as prompts
 from mllm_srec.reasons import Reason, Sentence, explain
 from mllm_srec.records import ranking_request
+from mllm_srec.tastes import Rates
 from mllm_srec.user_states import UserState
 
 CATALOGUE = make_catalogue(
@@ -57,6 +58,12 @@ def reason(
         place(disliked),
     )
     return made
+
+
+def of_share(**shares: float) -> Catalogue:
+    """`CATALOGUE` as if these shares of it had the facts."""
+    rates = CATALOGUE.rates
+    return replace(CATALOGUE, rates=Rates({**rates.base, **shares}, {**rates.prior, **shares}))
 
 
 def model(text: str, facts: Sequence[str] = (), events: str = "") -> Sentence:
@@ -121,6 +128,8 @@ GOOD = "It meets the taste for hat."
         "It is red, like Fargo.",  # an item outside the history
         "It is red, like Mr. Fargo.",
         "It is c the title.",  # itself
+        "It meets the taste for red and red.",
+        "It meets the taste for hat, Red, and red.",
         "Red.",  # an echo of the item
         "Red and wool.",
         "Red hat. b the title.",
@@ -223,7 +232,27 @@ def test_a_mere_word_is_a_weaker_reason_than_log_and_content() -> None:
     assert reason("", "f", "a", "b", catalogue=catalogue, state=state).events == ("a",)
     assert reason("", "f", "", "b", catalogue=catalogue, state=state).events == ("b",)
     assert reason("", "f", catalogue=catalogue, state=state).text == "It meets the taste for warm."
-    assert reason("", "f", "a", "b", state=state).text == "It meets the taste for warm."
+    assert reason("", "f", "a", "b", state=state).text == "It meets the taste for warm."  # one of six items is
+
+
+@pytest.mark.parametrize("written", ["", "It meets the taste for red, like b the title. Yes"])
+def test_what_much_of_the_catalogue_has_is_a_weaker_reason_than_log_and_content(written: str) -> None:
+    state = make_state("red")
+    by = "model" if written else "evidence"
+    for share, weaker in ((0.5, True), (0.21, True), (0.2, False)):
+        catalogue = of_share(red=share)
+        for company, kin in (("d", "e"), ("d", ""), ("", "e")):
+            told = reason(written, "c", company, kin, catalogue=catalogue, state=state)
+            assert (told.events == (company or kin,)) == weaker
+            assert told.by == ("evidence" if weaker else by)
+        told = reason(written, "c", catalogue=catalogue, state=state)
+        assert (told.facts, told.by) == (("red",), by)  # nothing better is known
+    told = reason("", "c", "d", "e", catalogue=of_share(red=0.5, hat=0.1), state=make_state("red", "hat"))
+    assert told.facts == ("red", "hat")
+
+
+def test_a_sentence_that_names_no_fact_gives_way_to_nothing() -> None:
+    assert reason("It is like a the title. Yes", "c", "d", "e").events == ("a",)
 
 
 @pytest.mark.parametrize(
@@ -252,8 +281,9 @@ def test_what_the_user_dislikes_is_no_reason() -> None:
 
 
 def test_met_tastes_go_before_company() -> None:
-    assert reason("", "c", "d", "e") == Reason((SHARED,))
-    assert reason("", "c", "d", "e", "e") == Reason(
+    narrow = of_share(hat=0.1, red=0.1, wool=0.1)
+    assert reason("", "c", "d", "e", catalogue=narrow) == Reason((SHARED,))
+    assert reason("", "c", "d", "e", "e", catalogue=narrow) == Reason(
         (Sentence("It meets the taste for hat, red and wool.", "evidence", ("hat", "red", "wool"), ()),)
     )
 

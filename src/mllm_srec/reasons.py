@@ -26,10 +26,13 @@ from mllm_srec.records import (
 from mllm_srec.user_states import UserState
 
 REASON_TOKENS = 48
+BROAD = 0.2
+"""A fact that more of the catalogue has than this tells little of one item: "Drama", "Ladieswear"."""
 
 _ANSWER = re.compile(r"(?:^|[\s.!?])(Yes|No)\b\W*$")
 _TASTE = re.compile(r"\btastes?\b", re.IGNORECASE)
 _WORD = re.compile(r"[^\W\d_]+")
+_TWICE = re.compile(r"\b(\w+(?: \w+)*),? and \1\b", re.IGNORECASE)
 _SHARED = re.compile(r"\bshar", re.IGNORECASE)
 
 
@@ -86,7 +89,8 @@ def explain(
 
     Of what the model writes a sentence is kept if all in it is borne out (`_checked`), and none where its answer is
     "No". Otherwise the evidence gives the reason: tastes that are met, else the history item chosen `together` with it
-    most often, else the one most `similar` in content (catalogue positions or None), else mere words that are met.
+    most often, else the one most `similar` in content (catalogue positions or None). Tastes that tell little (`_weak`)
+    come last, whoever names them.
     Before either it is said if the item is another version (colour, size, issue) of a choice: of the same title.
     `history` and `disliked` are the items that the user did not dislike and did, oldest first.
     """
@@ -101,10 +105,18 @@ def explain(
         kept: list[Sentence] = []
         if answer is None or answer[1] == "Yes":
             kept = _checked(text[: answer.start(1)] if answer else text, catalogue, state, calls, item)
+        if company is not None or kin is not None:
+            kept = [sentence for sentence in kept if not _weak(catalogue, sentence.facts)]
         found = find_evidence(state, catalogue, item, history, disliked)
         why = tuple(kept) or (_from_evidence(catalogue, item, found, company, kin),)
         reasons.append(Reason((*_version(catalogue, item, history), *why)))
     return reasons
+
+
+def _weak(catalogue: Catalogue, facts: Sequence[str]) -> bool:
+    """Whether `facts` tell less than the log or the content does: all of them broad, or mere words."""
+    weak = (mere_word(catalogue, fact) or catalogue.rates.base[fact] > BROAD for fact in facts)
+    return bool(facts) and all(weak)
 
 
 def _version(catalogue: Catalogue, item: int, history: np.ndarray) -> tuple[Sentence, ...]:
@@ -121,9 +133,9 @@ def _checked(
 ) -> list[Sentence]:
     """The sentences of `text` in which all is borne out, each tied to what it names.
 
-    A sentence is kept if it is whole, denies nothing, its words are the item's, it names a met taste or an event and
-    does more than that, no fact that the item has not, nothing but tastes as tastes, and only events that share what
-    it says.
+    A sentence is kept if it is whole, denies nothing and says nothing twice, its words are the item's, it names a met
+    taste or an event and does more than that, no fact that the item has not, nothing but tastes as tastes, and only
+    events that share what it says.
     """
     facts, own, tastes = catalogue.facts[item], catalogue.candidates[item], state.phrases
     tellable = {fact for fact in facts if fact in tastes or not mere_word(catalogue, fact)}
@@ -142,6 +154,7 @@ def _checked(
         sound = (
             sentence.endswith((".", "!", "?"))
             and not DENIAL.search(rest)
+            and not _TWICE.search(rest)
             and not unsupported_words(rest, own, *facts, prompts.RATIONALE_WORDS)
             and true.issuperset(said)
             and (not _TASTE.search(rest) or set(said) <= set(tastes))
@@ -177,8 +190,8 @@ def _named(text: str, facts: Iterable[str]) -> list[str]:
 
 
 def _from_evidence(catalogue: Catalogue, item: int, found: Evidence, company: int | None, kin: int | None) -> Sentence:
-    words = any(mere_word(catalogue, fact) for fact in found.meets)  # weaker than what the log or the content says
-    if found.meets and not (words and (company is not None or kin is not None)):
+    weak = _weak(catalogue, found.meets) and (company is not None or kin is not None)
+    if found.meets and not weak:
         like = [title(catalogue, event) for event in found.like]
         text = prompts.meets([catalogue.name(fact) for fact in found.meets], like)
         return Sentence(text, "evidence", found.meets, tuple(catalogue.ids[event] for event in found.like))
