@@ -102,9 +102,9 @@ def test_predecessors_tell_and_learn_as_they_did() -> None:
         assert (config.training.objectives, config.training.negatives) == (("sft",), 1)  # pointwise: Yes or No
         assert config.training.rationales == "none"
         assert (config.model, config.items, config.retrieval) == (Config().model, Config().items, Config().retrieval)
-    assert titles.ranking == RankingConfig(item="title", preference=False, profile=False)
+    assert titles.ranking == RankingConfig(item="title", preference=False, profile=False, facts=False)
     assert titles.users == Config().users
-    assert blocks.ranking == RankingConfig(item="visual", preference=True, profile=False)
+    assert blocks.ranking == RankingConfig(item="visual", preference=True, profile=False, facts=False)
     assert blocks.users == UsersConfig(windows="count", window=3, step=3)  # no event is in two blocks
     assert titles.training == blocks.training
 

@@ -73,7 +73,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def parts(config: Config) -> tuple[object, ...]:
     shown = config.ranking
-    return shown.item, shown.preference, shown.profile, shown.picture, config.training.rationales
+    return shown.item, shown.preference, shown.profile, shown.facts, shown.picture, config.training.rationales
 
 
 def test_each_rung_has_one_part_more_than_the_one_before() -> None:
@@ -81,12 +81,12 @@ def test_each_rung_has_one_part_more_than_the_one_before() -> None:
     rungs = ladder.configurations(base)
     assert list(rungs) == [*RUNGS, "TALLRec", "MLLM-MSR"]
     assert [parts(rungs[name]) for name in RUNGS] == [
-        ("title", False, False, False, "none"),
-        ("visual", False, False, False, "none"),
-        ("description", False, False, False, "none"),
-        ("description", True, False, False, "none"),
-        ("description", True, True, False, "none"),
-        ("description", True, True, False, "evidence"),
+        ("title", False, False, False, False, "none"),
+        ("visual", False, False, False, False, "none"),
+        ("description", False, False, False, False, "none"),
+        ("description", True, False, False, False, "none"),
+        ("description", True, True, False, False, "none"),
+        ("description", True, True, True, False, "evidence"),
     ]
     for name in RUNGS:  # all else is as configured
         as_before = {"ranking": base.ranking, "training": base.training}

@@ -61,27 +61,29 @@ def steps(folder: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("values", "kept"),
     [
-        ((-9.0, -4.0, -3.0, -2.0, -1.0), 4),
-        ((-9.0, -4.0, -2.0, -4.0, -3.0), 2),
-        ((-9.0, -2.0, -4.0, -3.0, -1.0), 4),  # worse ones on the way end nothing
-        ((-1.0, -2.0, -2.0, -2.0, -2.0), 0),  # nothing is as good as what it began with
-        ((-9.0, -2.0, -3.0, -2.0, -3.0), 3),  # of equal ones the latest
-        ((-2.0, -2.0, -2.0, -2.0, -2.0), 4),
-        # Of two lists one is read better and one worse: the difference is no larger than its standard error.
-        (((-9.0, -9.0), (-2.0, -2.0), (-1.0, -4.0), (-4.0, -1.0), (-1.0, -4.0)), 4),
-        # A difference of .1 +- 0 counts, of .1 +- .1 it does not.
-        (((-2.0, -2.0), (-2.1, -2.1), (-2.0, -2.2), (-2.1, -2.1), (-2.0, -2.2)), 4),
-        (((-2.0, -2.0), *[(-2.1, -2.1)] * 4), 0),
-        (((-2.0,), *[(-2.1,)] * 4), 0),  # a single list
+        ((-9.0, -4.0, -2.0), 2),
+        ((-9.0, -2.0, -3.0), 1),
+        ((-2.0, -9.0, -1.0), 2),  # a worse one on the way ends nothing
+        ((-1.0, -2.0, -2.0), 0),  # nothing is as good as what it began with
+        ((-9.0, -2.0, -2.0), 2),  # of equal ones the latest
+        ((-2.0, -2.0, -2.0), 2),
+        # Of two lists one is read better and one worse: the difference is within two standard errors.
+        (((-9.0, -9.0), (-1.0, -4.0), (-4.0, -1.5)), 2),
+        # .1 +- 0 counts, .1 +- .1 does not; nor does .1 +- .058, which .17 +- .067 does.
+        (((-2.0, -2.0), (-2.1, -2.1), (-2.1, -2.1)), 0),
+        (((-2.0, -2.0), (-2.1, -2.1), (-2.0, -2.2)), 2),
+        (((-2.0, -2.0, -2.0), (-9.0, -9.0, -9.0), (-2.0, -2.1, -2.2)), 2),
+        (((-2.0, -2.0, -2.0), (-9.0, -9.0, -9.0), (-2.1, -2.1, -2.3)), 0),
+        (((-2.0,), (-2.1,), (-2.2,)), 0),  # a single list
     ],
 )
 def test_the_training_ends_at_its_end_and_the_last_adapter_that_is_not_worse_is_kept(
     values: tuple[float | tuple[float, ...], ...], kept: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     look = Planned(*values)
-    train(look.mllm, RECORDS, settings(), tmp_path, look=look)  # 12 steps: looks before it and behind 3, 6, 9 and 12
+    train(look.mllm, RECORDS, settings(), tmp_path, look=look)  # 12 steps: looks before it and behind 6 and 12
     means = [float(np.mean(value)) for value in values]
-    assert looks(tmp_path) == list(zip((0, 3, 6, 9, 12), map(pytest.approx, means), strict=True))
+    assert looks(tmp_path) == list(zip((0, 6, 12), map(pytest.approx, means), strict=True))
     assert steps(tmp_path) == list(range(1, 13))
     np.testing.assert_allclose(np.concatenate(look.mllm.score(ASKED)), look.scores[kept], atol=1e-5)
     for at, scores in enumerate(look.scores):
@@ -95,16 +97,16 @@ def test_the_training_ends_at_its_end_and_the_last_adapter_that_is_not_worse_is_
     assert validated(tmp_path) == pytest.approx(means[kept])
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "embedded"
     said = capsys.readouterr().err
-    assert f"train: step 6 of 12: log-likelihood on validation {means[2]:.4f}" in said
+    assert f"train: step 6 of 12: log-likelihood on validation {means[1]:.4f}" in said
     fresh = tiny_mllm()
     fresh.load_adapter(tmp_path)
     assert fresh.identity == look.mllm.identity
     np.testing.assert_array_equal(np.concatenate(fresh.score(ASKED)), np.concatenate(look.mllm.score(ASKED)))
 
 
-@pytest.mark.parametrize(("rows", "at"), [(1, [0, 1]), (2, [0, 1, 2]), (3, [0, 1, 2, 3]), (7, [0, 2, 4, 5, 7])])
+@pytest.mark.parametrize(("rows", "at"), [(1, [0, 1]), (2, [0, 1, 2]), (3, [0, 2, 3]), (7, [0, 4, 7])])
 def test_looks_are_evenly_spaced_and_the_last_one_is_at_the_end(rows: int, at: list[int], tmp_path: Path) -> None:
-    look = Planned(*(0.1 * number for number in range(5)))
+    look = Planned(0.0, 0.1, 0.2)
     train(look.mllm, (RECORDS * 3)[:rows], settings(epochs=1), tmp_path, look=look)
     assert [step for step, _ in looks(tmp_path)] == at
 
@@ -115,7 +117,7 @@ def test_without_a_look_the_last_adapter_is_kept(tmp_path: Path) -> None:
     assert not (tmp_path / "plain" / "looks.json").exists()
     assert "kept" not in read_manifest(tmp_path / "plain")
     assert validated(tmp_path / "plain") == -math.inf
-    look = Planned(0.0, 0.1, 0.2, 0.3, 0.4)
+    look = Planned(0.0, 0.1, 0.2)
     train(look.mllm, RECORDS, settings(), tmp_path / "looked", look=look)  # looking changes nothing
     assert (tmp_path / "looked" / ADAPTER).read_bytes() == (tmp_path / "plain" / ADAPTER).read_bytes()
 
@@ -127,11 +129,11 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("values", "stop"),
     [
-        ((0.0, 0.1, 0.5, 0.3, 0.4), 2),
-        ((0.0, 0.1, 0.5, 0.3, 0.4), 7),  # behind a look, which the checkpoint before does not know
-        ((0.0, 0.1, 0.2, 0.3, 0.4), 12),
-        ((0.0, 0.5, 0.1, 0.3, 0.2), 9),
-        ((0.5, 0.1, 0.2, 0.3, 0.4), 2),  # before the first checkpoint, and the look before the training is the best
+        ((0.0, 0.5, 0.4), 2),
+        ((0.0, 0.5, 0.4), 7),  # behind a look, which the checkpoint before does not know
+        ((0.0, 0.1, 0.2), 12),
+        ((0.0, 0.1, 0.2), 9),
+        ((0.5, 0.1, 0.2), 2),  # before the first checkpoint, and the look before the training is the best
     ],
 )
 def test_a_killed_training_ends_with_the_same_bytes_and_the_same_looks(
@@ -152,11 +154,10 @@ def test_a_killed_training_ends_with_the_same_bytes_and_the_same_looks(
 @pytest.mark.parametrize(
     ("values", "save_steps"),
     [
-        ((0.0, 0.5, 0.4, 0.3, 0.2), 1),
-        ((0.0, 0.5, 0.4, 0.3, 0.2), 3),
-        ((0.0, 0.1, 0.4, 0.3, 0.2), 3),
-        ((0.0, 0.1, 0.2, 0.3, 0.4), 100),
-        ((0.5, 0.4, 0.3, 0.2, 0.1), 100),
+        ((0.0, 0.5, 0.4), 1),
+        ((0.0, 0.5, 0.4), 3),
+        ((0.0, 0.1, 0.2), 100),
+        ((0.5, 0.4, 0.3), 100),
     ],
 )
 def test_a_training_killed_when_it_had_ended_does_not_go_on(
@@ -180,20 +181,20 @@ def test_a_training_killed_when_it_had_ended_does_not_go_on(
 
 
 def test_looks_of_another_training_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    look = Planned(0.0, 0.9, 0.8, 0.1, 0.2, 0.3, 0.4)  # before the training the same weights say the same
+    look = Planned(0.0, 0.9, 0.1, 0.2)  # before the training the same weights say the same
     with monkeypatch.context() as patch:
         patch.setattr(tuning, "row_loss", Interrupt(8))
         with pytest.raises(KeyboardInterrupt):
             train(look.mllm, RECORDS, settings(), tmp_path, look=look)
     look.mllm = tiny_mllm()
     train(look.mllm, RECORDS[::-1], settings(), tmp_path, look=look)
-    assert looks(tmp_path) == [(0, 0.0), (3, 0.1), (6, 0.2), (9, 0.3), (12, 0.4)]
+    assert looks(tmp_path) == [(0, 0.0), (6, 0.1), (12, 0.2)]
 
 
 def test_a_look_during_checkpointed_training_reads_as_without(tmp_path: Path) -> None:
     scores = []
     for checkpointing in (False, True):
-        look = Planned(0.0, 0.1, 0.2, 0.3, 0.4)
+        look = Planned(0.0, 0.1, 0.2)
         config = settings(gradient_checkpointing=checkpointing)
         train(look.mllm, RECORDS, config, tmp_path / str(checkpointing), look=look)
         scores.append(look.scores)
@@ -212,8 +213,8 @@ def planned(values: Iterable[float], monkeypatch: pytest.MonkeyPatch) -> None:
 def test_of_several_objectives_the_best_on_validation_stays(
     copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Six rows, two per step: a look before, and three.
-    planned([0.1, 0.2, 0.25, 0.3, 0.05, 0.1, 0.4, 0.2, 0.3, 0.35, 0.3, 0.4], monkeypatch)
+    # Six rows, two per step: a look before, and two.
+    planned([0.1, 0.2, 0.3, 0.05, 0.1, 0.4, 0.2, 0.3, 0.4], monkeypatch)
     run = Pipeline(changed(copied, "training.objectives=[odds, sft, listwise]"))
     run.train()
     of = {name: copied / f"runs/main/adapter-{name}" for name in ("odds", "sft", "listwise")}

@@ -232,12 +232,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "training": {"rows": 0},
     },
     "tallrec": {
-        "ranking": {"item": "title", "preference": False, "profile": False, "picture": False},
+        "ranking": {"item": "title", "preference": False, "profile": False, "facts": False, "picture": False},
         "training": {"objectives": ["sft"], "negatives": 1, "rationales": "none"},
     },
     "mllm-msr": {
         "users": {"windows": "count", "window": 3, "step": 3},
-        "ranking": {"item": "visual", "preference": True, "profile": False, "picture": False},
+        "ranking": {"item": "visual", "preference": True, "profile": False, "facts": False, "picture": False},
         "training": {"objectives": ["sft"], "negatives": 1, "rationales": "none"},
     },
 }

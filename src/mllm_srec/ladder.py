@@ -35,16 +35,17 @@ from mllm_srec.workspace import Workspace, atomic_write, fingerprint
 BASE, FULL = "titles", "+CoT"
 RUNGS: dict[str, dict[str, dict[str, Any]]] = {
     BASE: {
-        "ranking": {"item": "title", "preference": False, "profile": False, "picture": False},
+        "ranking": {"item": "title", "preference": False, "profile": False, "facts": False, "picture": False},
         "training": {"rationales": "none"},
     },
     "+SV": {"ranking": {"item": "visual"}},
     "+SVI": {"ranking": {"item": "description"}},
     "+dynamic preference": {"ranking": {"preference": True}},
     "+profile": {"ranking": {"profile": True}},
-    FULL: {"training": {"rationales": "evidence"}},
+    FULL: {"ranking": {"facts": True}, "training": {"rationales": "evidence"}},
 }
-"""What each rung changes of the one before; the first one of the workspace's configuration."""
+"""What each rung changes of the one before; the first one of the workspace's configuration. The last one adds both
+forms of step 3: counted before the answer, and written."""
 PREDECESSORS = {"TALLRec": "tallrec", "MLLM-MSR": "mllm-msr"}
 """Presets laid over the workspace's configuration."""
 

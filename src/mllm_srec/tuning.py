@@ -45,7 +45,7 @@ SHARPNESS = 10.0
 """Mean log-likelihoods of likely and unlikely texts are a tenth of a nat apart, log-odds a whole one."""
 RETRIEVAL_WEIGHT = 0.5
 """Of retrieval's score, in deviations of the candidate list, beside a listwise reading: what fits best alone."""
-LOOKS = 4
+LOOKS = 2
 """How often validation is looked at during a training, besides the look before it."""
 LOSSES = "losses.json"
 """Mean loss of each optimiser step: [{"step": 1, "loss": 0.7}, ...]."""
@@ -195,9 +195,9 @@ class _Looks(TrainerCallback):  # type: ignore[misc]
     is kept. That is early stopping in what is kept, not in time: the learning rate falls to 0 over all steps, so that a
     look on the way is at an adapter that still jumps, and most is learnt in the last quarter.
 
-    Worse is what lies more than a standard error of the paired difference below: a few dozen lists tell no finer, and
-    of adapters that they do not tell apart the one that has learnt longest is the better guess. A training that goes on
-    from a checkpoint makes the looks behind it again.
+    Worse is what lies more than two standard errors of the paired difference below: a few dozen lists tell no finer,
+    and of adapters that they do not tell apart the one that has learnt longest is the better guess. A training that
+    goes on from a checkpoint makes the looks behind it again.
     """
 
     def __init__(self, look: Look, folder: Path, main: bool) -> None:
@@ -229,7 +229,7 @@ class _Looks(TrainerCallback):  # type: ignore[misc]
         best = max(self.made, key=lambda other: other["loglik"])
         below = [b - m for b, m in zip(best["logliks"], made["logliks"], strict=True)]
         error = stdev(below) / len(below) ** 0.5 if len(below) > 1 else 0.0
-        return fmean(below) > error
+        return fmean(below) > 2 * error
 
     @property
     def kept(self) -> dict[str, Any]:
