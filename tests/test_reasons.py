@@ -84,6 +84,11 @@ def model(text: str, facts: Sequence[str] = (), events: str = "") -> Sentence:
             "A red hat with wool, \n for the taste for red. Yes.",
             [model("A red hat with wool, for the taste for red.", ["red", "hat", "wool"])],
         ),
+        ("c the title meets the taste for red.", [model("c the title meets the taste for red.", ["red"])]),
+        (
+            "c the title is red, like b the title.",
+            [model("c the title is red, like b the title.", ["red"], "b")],
+        ),
         ("Red wool meets the taste.", [model("Red wool meets the taste.", ["red", "wool"])]),
         ("It is like a the title. Yes", [model("It is like a the title.", (), "a")]),
         (
@@ -128,6 +133,9 @@ GOOD = "It meets the taste for hat."
         "It is red, like Fargo.",  # an item outside the history
         "It is red, like Mr. Fargo.",
         "It is c the title.",  # itself
+        "It meets the taste for red, like c the title.",
+        "It shares red and wool with c the title.",
+        "It is red, like b the title (1981).",  # no such title
         "It meets the taste for red and red.",
         "It meets the taste for hat, Red, and red.",
         "Red.",  # an echo of the item
@@ -196,7 +204,7 @@ def test_a_title_that_is_but_a_fact_or_grammar_names_no_event() -> None:
 def test_an_event_with_the_items_own_title_is_an_event() -> None:
     catalogue = named(b="Basic tee", c="Basic tee")
     assert reason("It is red, like Basic tee. Yes", catalogue=catalogue).events == ("b",)
-    assert reason("It is red, like Basic tee. Yes", catalogue=catalogue, history="a").events == ()
+    assert reason("It is red, like Basic tee. Yes", catalogue=catalogue, history="a").by == "evidence"  # itself
 
 
 def test_another_version_of_a_choice_is_said_to_be_one() -> None:

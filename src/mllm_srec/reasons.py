@@ -34,6 +34,9 @@ _TASTE = re.compile(r"\btastes?\b", re.IGNORECASE)
 _WORD = re.compile(r"[^\W\d_]+")
 _TWICE = re.compile(r"\b(\w+(?: \w+)*),? and \1\b", re.IGNORECASE)
 _SHARED = re.compile(r"\bshar", re.IGNORECASE)
+_COMPARED = re.compile(r"\b(?:shar|like\b)", re.IGNORECASE)
+_NUMBER = re.compile(r"\(\d+\)")
+"""A year or version beside a title of which it is no part."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,8 @@ def _checked(
             and true.issuperset(said)
             and (not _TASTE.search(rest) or set(said) <= set(tastes))
             and None not in events
+            and not _NUMBER.search(rest)
+            and (set(events) != {item} or not _COMPARED.search(rest))  # likened to itself
         )
         cited = tuple(catalogue.ids[event] for event in dict.fromkeys(events) if event is not None and event != item)
         more = len(_WORD.findall(rest)) - sum(len(_WORD.findall(fact)) for fact in said)
