@@ -68,7 +68,7 @@ def test_two_processes_learn_as_one_and_end_together(tmp_path: Path) -> None:
     assert_equal(tmp_path / "one", tmp_path / "two")
     # Six rows four times, two per step: twelve steps.
     assert len(json.loads((tmp_path / "two" / "losses.json").read_text())) == 12
-    assert said.count("train: step 3 of 12: log-likelihood on validation 0.5000") == 1
+    assert said.count("train: step 6 of 12: log-likelihood on validation 0.5000") == 1
 
 
 def test_the_command_trains_with_two_processes(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
