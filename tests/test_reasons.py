@@ -208,7 +208,8 @@ def test_an_event_with_the_items_own_title_is_an_event() -> None:
 
 
 def test_another_version_of_a_choice_is_said_to_be_one() -> None:
-    catalogue = named(b="Basic tee", c="Basic tee", d="Basic tee")
+    narrow = of_share(hat=0.1, red=0.1, wool=0.1).rates
+    catalogue = replace(named(b="Basic tee", c="Basic tee", d="Basic tee"), rates=narrow)
     version = Sentence("Another version of Basic tee, chosen before.", "evidence", (), ("d",))
     made = reason("It is red, like Basic tee. Yes", catalogue=catalogue, history="abd")  # d is the newest of the name
     assert made.sentences[0] == version
@@ -219,6 +220,21 @@ def test_another_version_of_a_choice_is_said_to_be_one() -> None:
     assert version not in reason("", catalogue=catalogue, history="ac").sentences
     assert version not in reason("", history="abd").sentences
     assert all("version" not in sentence.text for sentence in reason("", catalogue=catalogue, history="ac").sentences)
+
+
+def test_a_choice_that_the_item_is_another_version_of_is_named_once_but_for_a_taste() -> None:
+    catalogue = replace(named(b="Basic tee", c="Basic tee", d="Basic tee"), rates=of_share(red=0.5, hat=0.1).rates)
+    version = Sentence("Another version of Basic tee, chosen before.", "evidence", (), ("d",))
+    nothing, broad = make_state(), make_state("red")
+    for state in (nothing, broad):
+        for company, kin in (("d", "d"), ("b", ""), ("", "d"), ("", "")):
+            assert reason("", "c", company, kin, catalogue=catalogue, state=state) == Reason((version,))
+        assert reason("", "c", "d", "e", catalogue=catalogue, state=state).events == ("d", "e")
+        assert reason("", "c", "a", "d", catalogue=catalogue, state=state).events == ("d", "a")
+    written = "It meets the taste for red, like Basic tee. Yes"
+    assert reason(written, "c", "d", catalogue=catalogue, state=broad) == Reason((version,))
+    told = reason("", "c", "d", "d", catalogue=catalogue, state=make_state("hat"))
+    assert told.sentences[0] == version and told.facts == ("hat",)
 
 
 def test_of_events_with_one_title_the_newest_of_which_it_is_true_is_meant() -> None:

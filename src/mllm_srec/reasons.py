@@ -94,7 +94,8 @@ def explain(
     "No". Otherwise the evidence gives the reason: tastes that are met, else the history item chosen `together` with it
     most often, else the one most `similar` in content (catalogue positions or None). Tastes that tell little (`_weak`)
     come last, whoever names them.
-    Before either it is said if the item is another version (colour, size, issue) of a choice: of the same title.
+    Before either it is said if the item is another version (colour, size, issue) of a choice: of the same title. Such a
+    choice is not named a second time but for a taste.
     `history` and `disliked` are the items that the user did not dislike and did, oldest first.
     """
     if len(items) == 0:
@@ -108,11 +109,17 @@ def explain(
         kept: list[Sentence] = []
         if answer is None or answer[1] == "Yes":
             kept = _checked(text[: answer.start(1)] if answer else text, catalogue, state, calls, item)
-        if company is not None or kin is not None:
+        version = _version(catalogue, item, history)
+        if version:  # log and content most often point to that very choice
+            name = title(catalogue, item)
+            company, kin = (
+                None if event is None or title(catalogue, event) == name else event for event in (company, kin)
+            )
+        if version or company is not None or kin is not None:
             kept = [sentence for sentence in kept if not _weak(catalogue, sentence.facts)]
         found = find_evidence(state, catalogue, item, history, disliked)
-        why = tuple(kept) or (_from_evidence(catalogue, item, found, company, kin),)
-        reasons.append(Reason((*_version(catalogue, item, history), *why)))
+        why = kept or _from_evidence(catalogue, item, found, company, kin, bool(version))
+        reasons.append(Reason((*version, *why)))
     return reasons
 
 
@@ -194,16 +201,19 @@ def _named(text: str, facts: Iterable[str]) -> list[str]:
     return [fact for _, fact in sorted(found)]
 
 
-def _from_evidence(catalogue: Catalogue, item: int, found: Evidence, company: int | None, kin: int | None) -> Sentence:
-    weak = _weak(catalogue, found.meets) and (company is not None or kin is not None)
+def _from_evidence(
+    catalogue: Catalogue, item: int, found: Evidence, company: int | None, kin: int | None, told: bool
+) -> list[Sentence]:
+    """One sentence; none where a reason is `told` already and there is no better one."""
+    weak = _weak(catalogue, found.meets) and (told or company is not None or kin is not None)
     if found.meets and not weak:
         like = [title(catalogue, event) for event in found.like]
         text = prompts.meets([catalogue.name(fact) for fact in found.meets], like)
-        return Sentence(text, "evidence", found.meets, tuple(catalogue.ids[event] for event in found.like))
+        return [Sentence(text, "evidence", found.meets, tuple(catalogue.ids[event] for event in found.like))]
     if company is not None:
-        return Sentence(prompts.together(title(catalogue, company)), "evidence", (), (catalogue.ids[company],))
+        return [Sentence(prompts.together(title(catalogue, company)), "evidence", (), (catalogue.ids[company],))]
     if kin is not None:
         both = [fact for fact in in_common(catalogue, item, kin) if fact not in found.clash][:FACTS_SHOWN]
         text = prompts.similar(title(catalogue, kin), [catalogue.name(fact) for fact in both])
-        return Sentence(text, "evidence", tuple(both), (catalogue.ids[kin],))
-    return Sentence(prompts.POPULAR, "evidence", (), ())
+        return [Sentence(text, "evidence", tuple(both), (catalogue.ids[kin],))]
+    return [] if told else [Sentence(prompts.POPULAR, "evidence", (), ())]
