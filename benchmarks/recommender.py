@@ -147,8 +147,8 @@ def measure_calibration(bench: Bench, log: Log) -> dict[str, Any]:
     """Fitted on validation users who chose nothing, reported on the test: over all lists, where a target outside its
     list leaves only misses, and over the lists that hold their target."""
     chosen, validation = log.pipeline.chosen, log.split.validation
-    # The half that chose may be sampled; who was left out of it chose nothing either.
-    calibrating = validation.take(np.flatnonzero(~np.isin(validation.user, chosen.choosing.user)))
+    choosers = np.concatenate([chosen.choosing.user, chosen.calibrating.user])
+    calibrating = validation.take(np.flatnonzero(~np.isin(validation.user, choosers)))
     fitted_on, told = lists_of(bench, log, calibrating, "validation"), lists_of(bench, log, chosen.test, "test")
     return {
         "all lists": reliability(fitted_on, told),

@@ -327,12 +327,21 @@ def test_an_interrupted_ladder_goes_on(
     assert not (again / "runs/ladder/.mllm-msr.partial").exists()
 
 
-def test_a_rung_configured_as_main_learns_nothing_that_main_has_learnt(
+def test_a_rung_configured_as_main_neither_learns_nor_reads_again_what_main_has(
     climbed: Climbed, again: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.rmtree(again / "runs/ladder/cot")
     assert ladder.run(Workspace.open(again)) == climbed.result
-    assert capsys.readouterr().err.count("train: adapter of") == len(climbed.result["fusion"])
+    said = capsys.readouterr().err
+    assert said.count("train: adapter of") == len(climbed.result["fusion"])
+    read_again = [line for line in said.splitlines() if line.startswith("rank: ")]
+    assert {line.split(":")[1].strip() for line in read_again} == {
+        "validation",
+        "calibration",
+        "test",
+        "items for the empty user",
+    }
+    assert all(line.endswith("rows reused") for line in read_again)
     shutil.rmtree(again / "runs/ladder/cot")
     shutil.rmtree(again / "runs/main/adapter")
     assert ladder.run(Workspace.open(again)) == climbed.result  # one seed, one adapter

@@ -175,7 +175,7 @@ def test_metrics_stand_beside_their_conditions(finished: Path, settings: tuple[s
         "seed": 0,
     }.items() <= result["conditions"].items()
     assert list(result["systems"]) == SYSTEMS
-    assert (result["reference"], result["training_rows"], result["choosing_targets"]) == (RETRIEVED, 6, 12)
+    assert (result["reference"], result["training_rows"], result["choosing_targets"]) == (RETRIEVED, 6, 24)
     assert result["choices"] == json.loads((finished / "runs/main/choices.json").read_text())
     for system, row in result["systems"].items():
         for metric, values in row.items():
@@ -308,7 +308,7 @@ def test_fewer_test_targets_are_a_seeded_part_of_them(copied: Path) -> None:
     assert set(some.chosen.test.user) < set(everyone.user)
     some.comprehend()
     result = some.evaluate()
-    assert (result["conditions"]["targets"], result["choosing_targets"]) == (7, 3)
+    assert (result["conditions"]["targets"], result["choosing_targets"]) == (7, 4)
 
 
 def test_half_of_the_users_chooses_and_the_other_half_is_left(finished: Path) -> None:

@@ -25,7 +25,7 @@ from mllm_srec.ranking import (
     Fusion,
     best_fusion,
     check_scores,
-    choose_fusion,
+    cross_fit,
     fuse,
     item_priors,
     score_lists,
@@ -152,7 +152,6 @@ def test_readings_that_are_for_the_target_are_weighed_by_hand(
     candidates = read(["ab"], retrieval, odds, loglik)
     made, value = best_fusion(candidates, NO_PRIORS, place("b"))
     assert astuple(made) == pytest.approx(astuple(chosen), abs=1e-4)
-    assert choose_fusion(candidates, NO_PRIORS, place("b")) == made
     apart = 0.0 if chosen == ALONE else float(np.subtract(*fuse(candidates, NO_PRIORS, made)[0, ::-1]))
     assert value.tolist() == pytest.approx([-math.log1p(math.exp(-apart))])
 
@@ -168,7 +167,7 @@ def test_the_empty_user_is_subtracted_where_only_that_informs() -> None:
 
 def test_the_empty_user_is_left_in_where_it_makes_no_difference() -> None:
     candidates = read(["ab"], AGAINST, FOR, MUTE)
-    assert not choose_fusion(candidates, NO_PRIORS, place("b")).subtract_empty
+    assert not best_fusion(candidates, NO_PRIORS, place("b"))[0].subtract_empty
 
 
 def test_only_lists_that_hold_their_target_decide() -> None:
@@ -183,10 +182,32 @@ def test_only_lists_that_hold_their_target_decide() -> None:
 
 def test_more_lists_give_a_reading_more_weight() -> None:
     weights = [
-        choose_fusion(read(["ab"] * count, AGAINST * count, FOR * count, MUTE * count), NO_PRIORS, place("b" * count))
+        best_fusion(read(["ab"] * count, AGAINST * count, FOR * count, MUTE * count), NO_PRIORS, place("b" * count))[0]
         for count in (1, 4, 40)
     ]
     assert weights[0].odds < weights[1].odds < weights[2].odds
+
+
+def test_both_parts_choose_the_weights_and_each_is_fused_by_those_of_the_other() -> None:
+    first, second = read(["ab"], AGAINST, FOR, MUTE), read(["ab"] * 3, AGAINST * 3, MUTE * 3, FOR * 3)
+    targets = [place("b"), place("bbb")]
+    choice, fused = cross_fit([first, second], NO_PRIORS, targets)
+    whole = read(["ab"] * 4, AGAINST * 4, FOR + MUTE * 3, MUTE + FOR * 3)
+    assert choice == best_fusion(whole, NO_PRIORS, place("bbbb"))[0]
+    assert choice.loglik > choice.odds > 0
+    # The first part's lists say nothing by the likelihood alone, which the second one chose, and the other way round.
+    assert [of_part.shape for of_part in fused] == [(1, 2), (3, 2)]
+    assert not np.concatenate(fused).any()
+    again, swapped = cross_fit([second, first], NO_PRIORS, targets[::-1])
+    assert astuple(again) == pytest.approx(astuple(choice), abs=1e-4)
+    assert [of_part.shape for of_part in swapped] == [(3, 2), (1, 2)]
+
+
+def test_one_part_chooses_but_calibrates_nothing_and_none_leaves_retrieval() -> None:
+    only = read(["ab"], AGAINST, FOR, MUTE)
+    choice = best_fusion(only, NO_PRIORS, place("b"))[0]
+    assert cross_fit([only], NO_PRIORS, [place("b")]) == (choice, [])
+    assert cross_fit([], NO_PRIORS, []) == (ALONE, [])
 
 
 READINGS = arrays(np.float32, (3, 4, 4), elements=st.integers(-3, 3).map(float))
@@ -199,7 +220,7 @@ def listed(values: np.ndarray) -> Candidates:
 @given(READINGS, st.lists(st.integers(0, 3), min_size=4, max_size=4))
 def test_no_other_weights_make_the_targets_likelier(values: np.ndarray, wanted: list[int]) -> None:
     target, candidates = np.array(wanted, dtype=np.int32), listed(values)
-    made = choose_fusion(candidates, None, target)
+    made, _ = best_fusion(candidates, None, target)
     weights = np.array(astuple(made)[:3])
 
     def worth(given: np.ndarray) -> float:

@@ -111,8 +111,9 @@ def run(workspace: Workspace) -> dict[str, Any]:
             say(f"ladder: {name}")
             rung = _pipeline(main, config, name)
             _lend(lender, rung.folder)
-            if config == workspace.config:
+            if config == workspace.config:  # so it reads the same lists with the same model
                 _lend_adapter(main.folder, rung.folder)
+                rung.scope = main.scope
             if rung.workspace.root != workspace.root:
                 rung.comprehend()
             measured[name] = _measure(rung)

@@ -71,7 +71,9 @@ class Pipeline:
     def __init__(self, workspace: Workspace, run: str = RUN) -> None:
         self.workspace = workspace
         self.folder = workspace.run(run)
-        self.scope = "" if run == RUN else run
+        self.is_main = run == RUN
+        self.scope = "" if self.is_main else run
+        """Under which the model's readings are stored: none for the main run's."""
         self.config: Config = workspace.config
         self.dataset: Dataset = workspace.dataset()
         self.histories: Histories = self.dataset.histories()
@@ -240,31 +242,31 @@ class Pipeline:
             )
         attach_adapter(self.mllm, folder, self.config)
         choices = Choices.read(folder)
-        choosing, test = self.chosen.choosing, self.chosen.test
+        choosing, calibrating, test = self.chosen.choosing, self.chosen.calibrating, self.chosen.test
         retriever, before = self._retriever("test"), self._retriever("validation")
         lists = {
             "validation": self._lists(choosing, before),
-            "calibration": self._lists(self.chosen.calibrating, before),
+            "calibration": self._lists(calibrating, before),
             "test": self._lists(test, retriever),
         }
         read = {label: self._read(targets, lists[label], label) for label, targets in self.chosen.parts.items()}
         shown = np.unique(np.concatenate([of_part.items.ravel() for of_part in read.values()]))
         priors = ranking.item_priors(self.workspace, self.mllm, self.catalogue, shown, self.scope)
-        held = lists["validation"].held
-        if not held.any():
+        wanted = {
+            label: protocol.target_items(self.histories, targets)[lists[label].held]
+            for label, targets in self.chosen.parts.items()
+        }
+        is_target = {label: of_part.items == wanted[label][:, None] for label, of_part in read.items()}
+        halves = [label for label in ("validation", "calibration") if len(wanted[label])]
+        if not halves:
             say("evaluate: no validation list holds its target, so the model gets no weight beside retrieval")
-        wanted = protocol.target_items(self.histories, choosing)[held]
-        fusion = ranking.choose_fusion(read["validation"], priors, wanted)
-
-        def listed_as(label: str) -> np.ndarray:
-            """bool (B, K): which candidates of the lists that were read are the target."""
-            of = protocol.target_items(self.histories, self.chosen.parts[label])[lists[label].held]
-            found: np.ndarray = read[label].items == of[:, None]
-            return found
-
+        fusion, cross_fitted = ranking.cross_fit(
+            [read[label] for label in halves], priors, [wanted[label] for label in halves]
+        )
         calibrated = None
-        if lists["calibration"].held.any():
-            calibrated = calibration.fit(ranking.fuse(read["calibration"], priors, fusion), listed_as("calibration"))
+        if cross_fitted:
+            told = np.concatenate([is_target[label] for label in halves])
+            calibrated = calibration.fit(np.concatenate(cross_fitted), told)
         choices = replace(choices, fusion=fusion, calibration=calibrated)
         atomic_write(folder / CHOICES, choices.dump())
 
@@ -282,11 +284,11 @@ class Pipeline:
             ("MLLM likelihood alone", ranking.Fusion(0.0, 0.0, 1.0, fusion.subtract_empty)),
             (RERANKED, fusion),
         )
-        wanted, listed = protocol.target_items(self.histories, test), lists["test"]
+        aimed_at, listed = protocol.target_items(self.histories, test), lists["test"]
         for name, choice in rows:
             fused = np.zeros(listed.items.shape)
             fused[listed.held] = ranking.fuse(read["test"], priors, choice)
-            places[name] = protocol.place_reranked(places[RETRIEVED], listed.items, fused, wanted)
+            places[name] = protocol.place_reranked(places[RETRIEVED], listed.items, fused, aimed_at)
         self.places = places
         protocol.write_places(folder / PLACES, places, self.histories, test)
 
@@ -294,12 +296,12 @@ class Pipeline:
             "version": __version__,
             "conditions": protocol.conditions(self.dataset, self.split, test, self.config),
             "choices": json.loads(choices.dump()),
-            "choosing_targets": len(choosing),
-            "choosing_targets_among_candidates": int(held.sum()),
+            "choosing_targets": len(choosing) + len(calibrating),
+            "choosing_targets_among_candidates": sum(len(wanted[label]) for label in halves),
             "training_rows": len(self.training_targets) * self.config.training.epochs if self.mllm.has_adapter else 0,
             "targets_among_candidates": float(listed.held.mean()),
             "reference": RETRIEVED,
-            "calibration": _reliability(calibrated, fused[listed.held], listed_as("test")),
+            "calibration": _reliability(calibrated, fused[listed.held], is_target["test"]),
             "systems": protocol.compare(places, RETRIEVED, test.user, self.config),
             "slices": self._slices(places, test),
         }
@@ -307,13 +309,13 @@ class Pipeline:
             test.take(np.flatnonzero(listed.held)), self._states(test, listed), read["test"], priors, fusion
         )
         given = (self.workspace, self.mllm, self.catalogue, self.histories, checked)
-        if self.config.evaluation.honesty_lists and not self.scope:
+        if self.config.evaluation.honesty_lists and self.is_main:
             result["honesty"] = honesty.measure(*given, retriever.popularity, self.scope)
         if robustness_too:
             result["robustness"] = robustness.measure(*given)
         atomic_write(folder / "metrics.json", json.dumps(result, indent=2))
         ranked = report.Ranked(test, listed.items, listed.scores, listed.held, fused, read["test"].odds, places)
-        if not self.scope:
+        if self.is_main:
             report.write_report(
                 self.workspace, self.mllm, self.histories, self.split, self.catalogue, result, ranked, retriever
             )

@@ -7,7 +7,7 @@ that validation's targets are likeliest.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain, combinations
 
 import numpy as np
@@ -81,9 +81,27 @@ def fuse(candidates: Candidates, priors: np.ndarray, fusion: Fusion) -> np.ndarr
 RETRIEVAL_ALONE = Fusion(1.0, 0.0, 0.0, False)
 
 
-def choose_fusion(candidates: Candidates, priors: np.ndarray | None, target: np.ndarray) -> Fusion:
-    """The choice of `best_fusion`."""
-    return best_fusion(candidates, priors, target)[0]
+def cross_fit(
+    parts: Sequence[Candidates], priors: np.ndarray, targets: Sequence[np.ndarray]
+) -> tuple[Fusion, list[np.ndarray]]:
+    """The choice of `best_fusion` on the lists of all parts; and of each of two parts the fused scores (B, K) by what
+    the other one alone would choose: scores of lists that did not choose their own weights, for calibration. None of
+    these if there is one part.
+
+    Args:
+        parts: lists of at most two samples of users.
+        targets: by part, int (B,), catalogue positions.
+    """
+    if not parts:
+        return RETRIEVAL_ALONE, []
+    together = Candidates(
+        *(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Candidates))
+    )
+    choice = best_fusion(together, priors, np.concatenate(targets))[0]
+    if len(parts) == 1:
+        return choice, []
+    others = [best_fusion(part, priors, of_part)[0] for part, of_part in zip(parts, targets, strict=True)][::-1]
+    return choice, [fuse(part, priors, other) for part, other in zip(parts, others, strict=True)]
 
 
 def best_fusion(candidates: Candidates, priors: np.ndarray | None, target: np.ndarray) -> tuple[Fusion, np.ndarray]:

@@ -19,6 +19,7 @@ from fakes import FakeMllm, make_catalogue, make_state
 from mllm_srec.config import load_config
 from mllm_srec.data.dataset import Dataset
 from mllm_srec.data.split import Targets
+from mllm_srec.evaluation.protocol import Chosen
 from mllm_srec.ranking import Candidates, Fusion
 from mllm_srec.recommender import RUN
 from mllm_srec.records import ranking_request
@@ -493,10 +494,14 @@ def test_who_chose_does_not_calibrate(bench: Bench, monkeypatch: pytest.MonkeyPa
         return judged(np.eye(3), np.eye(3, dtype=bool))
 
     monkeypatch.setattr(program, "lists_of", lists_of)
+    config = log.pipeline.config
+    few = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"choosing_users": 2})})
+    chosen = log.pipeline.chosen = Chosen.of(log.split, few)
     program.measure_calibration(bench, log)
-    choosers = log.pipeline.chosen.choosing.user
-    assert not set(asked["validation"]) & set(choosers)
-    assert set(asked["validation"]) | set(choosers) == set(log.split.validation.user)
+    choosers = {*chosen.choosing.user, *chosen.calibrating.user}
+    assert len(choosers) > 1 and asked["validation"].size > 1
+    assert not set(asked["validation"]) & choosers
+    assert set(asked["validation"]) | choosers == set(log.split.validation.user)
     assert asked["test"].tolist() == log.pipeline.chosen.test.user.tolist()
 
 

@@ -38,8 +38,8 @@ class Places:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The targets that a run looks at, seeded samples: one half of the validation users chooses, the other one
-    calibrates."""
+    """The targets that a run looks at, seeded samples: two halves of the validation users, which both choose the
+    weights and calibrate, and the test. The first half also says during a training how good an adapter is."""
 
     choosing: Targets
     calibrating: Targets
