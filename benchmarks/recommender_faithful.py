@@ -18,7 +18,7 @@ from users_common import Case, Log
 from mllm_srec import facts, rationales, reasons, records
 from mllm_srec.prompts import ranking as prompts
 from mllm_srec.reasons import explain
-from mllm_srec.records import ranking_request
+from mllm_srec.records import ranking_request, shared_information
 from mllm_srec.retrieval import Retriever
 from mllm_srec.user_states import History, UserState
 
@@ -201,7 +201,9 @@ def reasons_of(
     """facts and events (ids) of the reasons for `items` (n,), as the service gives them."""
     low = case.history.disliked[: case.end]
     liked, disliked = case.seen[~low], case.seen[low]
-    nearest = [retriever.nearest_events(liked, int(item)) for item in items]
+    nearest = [
+        retriever.nearest_events(liked, item, shared_information(log.catalogue, item, liked)) for item in items.tolist()
+    ]
     asked = told_of(ranking_request(state, log.catalogue, items))
     found: list[dict[str, Any]] = bench.kept(
         "recommender-reasons",

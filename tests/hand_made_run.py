@@ -62,7 +62,7 @@ class AdaptedMllm(FakeMllm):
 class Neighbours:
     """The newest event stands for what was chosen together with the item."""
 
-    def nearest_events(self, history: np.ndarray, item: int) -> tuple[int | None, int | None]:
+    def nearest_events(self, history: np.ndarray, item: int, shared: np.ndarray) -> tuple[int | None, int | None]:
         return (int(history[-1]), None) if len(history) else (None, None)
 
 

@@ -1,5 +1,6 @@
 """Instruction records: a prompt holds all that is known and nothing of the answer; reasons cite what is there."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +23,7 @@ from mllm_srec.records import (
     find_evidence,
     ranking_request,
     rationale,
+    shared_information,
     title,
     training_record,
 )
@@ -125,6 +127,16 @@ def test_of_events_with_as_many_tastes_the_one_that_is_closest_in_all_comes_firs
     )
     found = find_evidence(make_state("red"), catalogue, 3, np.array([0, 1, 2]))
     assert found.like == (1, 2)  # silk and lace in common, then silk
+
+
+def test_what_events_share_with_an_item_weighs_as_much_as_it_is_rare() -> None:
+    catalogue = make_catalogue(a="red silk", b="red silk", c="red", d="blue", e="wool", f="wool", g="wool", h="wool")
+    base = catalogue.rates.base
+    assert shared_information(catalogue, 0, [1, 2, 3]).tolist() == pytest.approx(
+        [-math.log(base["red"]) - math.log(base["silk"]), -math.log(base["red"]), 0.0]
+    )
+    assert base["silk"] < base["red"]
+    assert shared_information(catalogue, 0, place("")).shape == (0,)
 
 
 def test_of_events_with_one_title_the_first_is_told_in_its_place() -> None:

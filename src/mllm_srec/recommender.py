@@ -18,7 +18,7 @@ from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.mllm.remote import RemoteMllm
 from mllm_srec.ranking import Candidates, Fusion, check_scores, fuse, stored_priors
 from mllm_srec.reasons import Reason, Sentence, explain
-from mllm_srec.records import ranking_request
+from mllm_srec.records import ranking_request, shared_information
 from mllm_srec.retrieval import Likeness, Mix, Retriever, SequenceEncoder
 from mllm_srec.retrieval import sequence as encoders
 from mllm_srec.user_states import History, UserState, low_rating
@@ -309,7 +309,7 @@ class Recommender:
     def _reasons(self, state: UserState, history: np.ndarray, disliked: np.ndarray, items: list[int]) -> list[Reason]:
         liked, together, similar = history[~disliked], [], []
         for item in items:
-            company, kin = self.retriever.nearest_events(liked, item)
+            company, kin = self.retriever.nearest_events(liked, item, shared_information(self.catalogue, item, liked))
             together.append(company)
             similar.append(kin)
         return explain(self.mllm, self.catalogue, state, liked, items, together, similar, history[disliked])

@@ -145,6 +145,12 @@ def in_common(catalogue: Catalogue, one: int, other: int) -> list[str]:
     return _distinct(sorted(telling, key=lambda fact: (base[fact], fact)))
 
 
+def shared_information(catalogue: Catalogue, item: int, events: Sequence[int] | np.ndarray) -> np.ndarray:
+    """float64 (N,): what each of `events` has in common with `item`, the information of those facts in nats."""
+    base = catalogue.rates.base
+    return np.array([math.fsum(-math.log(base[fact]) for fact in in_common(catalogue, item, int(e))) for e in events])
+
+
 def mere_word(catalogue: Catalogue, fact: str) -> bool:
     """Whether a fact is but a word that stands in texts: no category, kind or look."""
     return catalogue.rates.prior[fact] < catalogue.rates.base[fact]

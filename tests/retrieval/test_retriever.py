@@ -104,9 +104,16 @@ def test_nearest_events_names_company_and_kin_or_nothing() -> None:
     vectors = np.array([[1, 0], [0, 1], [0.8, 0.6], [1, 0], [0, -1], [-1, 0]], dtype=np.float32)
     of = fitted(histories, vectors, Mix(1.0, 0.0, 0.0, 0))
     # bc and ac: 1/sqrt(2) each; the cosine of a and d is 0.8: among equals the newest counts
-    assert of.nearest_events(places("dab"), 2) == (1, 0)
-    assert of.nearest_events(places("d"), 4) == (None, None)
-    assert of.nearest_events(places(""), 0) == (None, None)
+    assert of.nearest_events(places("dab"), 2, np.zeros(3)) == (1, 0)
+    assert of.nearest_events(places("d"), 4, np.ones(1)) == (None, None)
+    assert of.nearest_events(places(""), 0, np.zeros(0)) == (None, None)
+
+
+def test_company_that_has_something_in_common_stands_for_the_rest() -> None:
+    of = fitted(log("abc", "bc", "ad"), EYE, Mix(1.0, 0.0, 0.0, 0))
+    # Strengths to c: of a 1/sqrt(2*2) = .5, of b 2/sqrt(2*2) = 1, of d none.
+    for shared, company in (([0, 0, 0], 1), ([1, 0, 0], 0), ([3, 1, 0], 0), ([1, 1, 9], 1), ([0, 0, 9], 1)):
+        assert of.nearest_events(places("abd"), 2, np.array(shared, dtype=float))[0] == company, shared
 
 
 def test_nothing_seen_is_an_error() -> None:

@@ -28,7 +28,7 @@ from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.mllm.remote import RemoteMllm
 from mllm_srec.prompts import ranking as prompts
 from mllm_srec.reasons import explain
-from mllm_srec.records import explain_questions, find_evidence, rationale
+from mllm_srec.records import explain_questions, find_evidence, rationale, shared_information
 from mllm_srec.user_states import UserState, disliked_events, low_rating
 from mllm_srec.windows import window_bounds
 from mllm_srec.workspace import Job, Table, Workspace, fingerprint
@@ -53,8 +53,8 @@ WITHOUT_PICTURE = {"none": "no picture given", "remote": "picture not fetched", 
 class Neighbours(Protocol):
     """What reasons need of a retriever."""
 
-    def nearest_events(self, history: np.ndarray, item: int) -> tuple[int | None, int | None]:
-        """The history item that occurs most with `item`, and the one closest to it in content; None where none does."""
+    def nearest_events(self, history: np.ndarray, item: int, shared: np.ndarray) -> tuple[int | None, int | None]:
+        """See `Retriever.nearest_events`."""
 
 
 @dataclass(frozen=True)
@@ -333,7 +333,7 @@ def _reasons(
     """(text, by whom) for the first items of each list."""
     jobs = []
     for state, history, low, items in zip(states, liked, disliked, heads, strict=True):
-        near = [retriever.nearest_events(history, item) for item in items]
+        near = [retriever.nearest_events(history, i, shared_information(catalogue, i, history)) for i in items]
         prefix, questions = explain_questions(state, catalogue, items)
         told = [prefix.system, *(str(part) for part in prefix.parts), *(question.about for question in questions)]
         found = [rationale(find_evidence(state, catalogue, item, history, low), catalogue, True) for item in items]

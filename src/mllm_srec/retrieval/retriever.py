@@ -257,18 +257,25 @@ class Retriever:
         items = self._items if encoder else np.zeros((len(self.popularity), 0), dtype=np.float32)
         return np.concatenate([items, self._trend[-1][:, None], self._order[:, None]], axis=1)
 
-    def nearest_events(self, history: np.ndarray, item: int) -> tuple[int | None, int | None]:
-        """The history item that occurs most with `item`, and the one closest to it in content; None where none does."""
+    def nearest_events(self, history: np.ndarray, item: int, shared: np.ndarray) -> tuple[int | None, int | None]:
+        """The history item that stands for those that occur with `item`, and the one closest to it in content; None
+        where none does.
+
+        The first one is that of the greatest strength times what it has in common with the item (`shared`, float, as
+        long as the history): what is chosen by many occurs with everything. Without anything in common, of the greatest
+        strength.
+        """
         if len(history) == 0:
             return None, None
         company, strength = self.cooccurrence.company(item)
         known = dict(zip(company.tolist(), strength.tolist(), strict=True))
         newest_first = history[::-1].tolist()
-        together = max(newest_first, key=lambda i: known.get(i, 0.0))
+        strengths = np.array([known.get(event, 0.0) for event in newest_first])
+        together = int(np.lexsort((-strengths, -strengths * shared[::-1]))[0])
         cosine = self.likeness.vectors[newest_first] @ self.likeness.vectors[item]
         kin = int(cosine.argmax())
         return (
-            together if known.get(together, 0.0) > 0 else None,
+            newest_first[together] if strengths[together] > 0 else None,
             newest_first[kin] if cosine[kin] >= NEAR else None,
         )
 
