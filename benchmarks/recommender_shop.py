@@ -23,7 +23,7 @@ from mllm_srec.data.readers import read
 from mllm_srec.evaluation import protocol
 from mllm_srec.user_states import History
 
-SETTINGS = ("items.embedding=description", "users.summary=compose")
+SETTINGS = ("items.embedding=description", "users.summary=compose", "evaluation.honesty_lists=0")
 CUTOFF = 10
 SYSTEMS = ("retrieval", "fused")
 WEIGHS = ("picture", "text", "both")
