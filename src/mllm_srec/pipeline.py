@@ -250,8 +250,6 @@ class Pipeline:
             "test": self._lists(test, retriever),
         }
         read = {label: self._read(targets, lists[label], label) for label, targets in self.chosen.parts.items()}
-        shown = np.unique(np.concatenate([of_part.items.ravel() for of_part in read.values()]))
-        priors = ranking.item_priors(self.workspace, self.mllm, self.catalogue, shown, self.scope)
         wanted = {
             label: protocol.target_items(self.histories, targets)[lists[label].held]
             for label, targets in self.chosen.parts.items()
@@ -260,6 +258,7 @@ class Pipeline:
         halves = [label for label in ("validation", "calibration") if len(wanted[label])]
         if not halves:
             say("evaluate: no validation list holds its target, so the model gets no weight beside retrieval")
+        priors = self._priors(*(read[label] for label in halves))
         fusion, cross_fitted = ranking.cross_fit(
             [read[label] for label in halves], priors, [wanted[label] for label in halves]
         )
@@ -267,6 +266,8 @@ class Pipeline:
         if cross_fitted:
             told = np.concatenate([is_target[label] for label in halves])
             calibrated = calibration.fit(np.concatenate(cross_fitted), told)
+        if fusion.subtract_empty:
+            priors = self._priors(*read.values())
         choices = replace(choices, fusion=fusion, calibration=calibrated)
         atomic_write(folder / CHOICES, choices.dump())
 
@@ -425,6 +426,11 @@ class Pipeline:
         states, part = users.load_states(self.workspace, self.catalogue), targets.take(np.flatnonzero(lists.held))
         who = zip(part.user.tolist(), part.position.tolist(), part.end.tolist(), strict=True)
         return [self._state(states, user, position, end) for user, position, end in who]
+
+    def _priors(self, *lists: ranking.Candidates) -> np.ndarray:
+        """float32 (I, 2): the empty user's readings of the items of these lists; NaN for all others."""
+        shown = np.unique(np.concatenate([of_part.items.ravel() for of_part in lists] or [np.zeros(0, np.int32)]))
+        return ranking.item_priors(self.workspace, self.mllm, self.catalogue, shown, self.scope)
 
     def _read(self, targets: Targets, lists: Lists, label: str) -> ranking.Candidates:
         """What the model says of the lists that hold their target; rows in the order of those."""

@@ -293,8 +293,10 @@ class Recommender:
         scores = self.mllm.score([ranking_request(state, self.catalogue, head[0])])[0]
         if len({self.catalogue.candidates[i] for i in head[0]}) > 1:  # else equal scores are what they should be
             check_scores(scores[:, 0], scores[:, 1])
-        priors = stored_priors(self.workspace, self.mllm, self.catalogue, head[0])
-        if len(asked[0]) == 0:  # the empty user itself: exactly zero is left, not the rounding error of two readings
+        if self.choices.fusion.subtract_empty and len(asked[0]):
+            priors = stored_priors(self.workspace, self.mllm, self.catalogue, head[0])
+        else:  # of the empty user itself exactly zero is left, not the rounding error of two readings
+            priors = np.zeros((len(self.catalogue.ids), 2), dtype=np.float32)
             priors[head[0]] = scores
         read = Candidates(head, retrieval[:, :ranked], scores[None, :, 0], scores[None, :, 1])
         fused = fuse(read, priors, self.choices.fusion)[0]
