@@ -7,6 +7,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ import numpy as np
 import pytest
 
 from mllm_srec import catalogue, items, pipeline, training_rows, users
+from mllm_srec.data.split import Targets
 from mllm_srec.errors import StoreError
 from mllm_srec.mllm.local import LocalMllm
-from mllm_srec.pipeline import RERANKED, RETRIEVED, Pipeline
+from mllm_srec.pipeline import RERANKED, RETRIEVED, Lists, Pipeline
+from mllm_srec.ranking import RETRIEVAL_ALONE
 from mllm_srec.recommender import Choices
 from mllm_srec.records import TrainingRecord
+from mllm_srec.retrieval import Retriever
 from mllm_srec.workspace import Workspace, read_manifest
 from pipeline_helpers import LetterEncoder, changed, produced, watch_places
 
@@ -309,6 +313,29 @@ def test_fewer_test_targets_are_a_seeded_part_of_them(copied: Path) -> None:
     some.comprehend()
     result = some.evaluate()
     assert (result["conditions"]["targets"], result["choosing_targets"]) == (7, 4)
+
+
+def test_where_no_validation_list_holds_its_target_retrieval_stays_and_no_chance_is_stated(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Pipeline(Workspace.open(copied))
+    whole, test = run._lists, run._lists(run.chosen.test, run._retriever("test"))
+
+    def nothing_held(targets: Targets, retriever: Retriever) -> Lists:
+        lists = whole(targets, retriever)
+        return lists if targets is run.chosen.test else replace(lists, held=np.zeros_like(lists.held))
+
+    monkeypatch.setattr(run, "_lists", nothing_held)
+    result = run.evaluate()
+    assert test.held.any()
+    assert "evaluate: no validation list holds its target" in capsys.readouterr().err
+    choices = Choices.read(run.folder)
+    assert (choices.fusion, choices.calibration) == (RETRIEVAL_ALONE, None)
+    assert (result["choosing_targets_among_candidates"], result["calibration"]) == (0, None)
+    # Their lists are retrieval's; ties may be broken within a list.
+    assert result["systems"][SYSTEMS[-1]]["NDCG@10"]["mean"] == pytest.approx(
+        result["systems"][RETRIEVED]["NDCG@10"]["mean"], abs=1e-6
+    )
 
 
 def test_half_of_the_users_chooses_and_the_other_half_is_left(finished: Path) -> None:
