@@ -338,9 +338,10 @@ def test_where_no_validation_list_holds_its_target_retrieval_stays_and_no_chance
     )
 
 
-def test_half_of_the_users_chooses_and_the_other_half_is_left(finished: Path) -> None:
+def test_no_user_is_in_both_halves_of_validation(finished: Path) -> None:
     chosen = Pipeline(Workspace.open(finished)).chosen
-    assert len(chosen.choosing) == 12
+    assert len(chosen.choosing) == len(chosen.calibrating) == 12
+    assert not set(chosen.choosing.user) & set(chosen.calibrating.user)
     assert (chosen.choosing.position == chosen.choosing.end).all()
     assert len(Pipeline(Workspace.open(finished)).training_targets) == 6
 
