@@ -1,5 +1,6 @@
 """What the benchmarks of the stages share: models, kept results, figures with intervals, pictures, tables."""
 
+import ctypes
 import hashlib
 import io
 import json
@@ -17,6 +18,7 @@ import numpy as np
 import polars as pl
 import torch
 import transformers
+from items_memory import status
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -164,6 +166,21 @@ def machine() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
+
+
+def peak(device: str, work: Callable[[], object]) -> float:
+    """MB that `work` takes at its peak, above what stood before: of the GPU's memory or the process's. Linux only (/proc)."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    # What was freed and not given back would hide what is taken again.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    start_mb = status("VmRSS")
+    work()
+    return status("VmHWM") - start_mb
 
 
 def batches(rows: Sequence[T], size: int) -> Iterator[Sequence[T]]:

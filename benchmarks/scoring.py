@@ -20,14 +20,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import scoring_ways as ways
 import torch
-from common import SEED, Bench, at_most, machine, report, show
-from items_memory import status
+from common import SEED, Bench, at_most, machine, peak, report, show
 from items_speed import spread
 
 from mllm_srec.config import ModelConfig
@@ -367,16 +367,7 @@ def watched(mllm: LocalMllm, count: int) -> dict[str, Any]:
     above = {}
     for way, work in (("packed", ways.packed), ("packed + likelihood", ways.with_likelihood)):
         work(mllm, sample.first(4))
-        if mllm.device.type == "cuda":
-            start = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            work(mllm, sample)
-            grown = (torch.cuda.max_memory_allocated() - start) / 1e9
-        else:
-            start_mb = status("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-            work(mllm, sample)
-            grown = (status("VmHWM") - start_mb) / 1e3
+        grown = peak(mllm.device.type, partial(work, mllm, sample)) / 1e3
         above[way] = at_most({"value": grown}, MEMORY_MARK_GB)
     return above
 

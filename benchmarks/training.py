@@ -14,7 +14,6 @@ examples take 6 GB, and five rounds about 20 minutes on one core.
 """
 
 import argparse
-import ctypes
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import SEED, Bench, Figure, at_most, machine, report, show
-from items_memory import status
+from common import SEED, Bench, Figure, at_most, machine, peak, report, show
 from items_speed import spread, spread_in_words
 from torch.nn import functional
 
@@ -332,21 +330,6 @@ def memory(run: Run) -> dict[str, Any]:
         return found
 
     return dict(run.kept("training-memory", measure))
-
-
-def peak(device: str, work: Callable[[], object]) -> float:
-    """MB that `work` takes at its peak, above what stood before."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    # What was freed and not given back would hide what is taken again.
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    start_mb = status("VmRSS")
-    work()
-    return status("VmHWM") - start_mb
 
 
 def show_memory(result: dict[str, Any]) -> None:

@@ -154,8 +154,15 @@ def test_the_peak_counts_what_was_given_back_before_it_ends() -> None:
     def work() -> None:
         torch.ones(12_500_000)  # 50 MB
 
-    assert 45 < training.peak("cpu", work) < 60
-    assert training.peak("cpu", lambda: None) < 5
+    assert 45 < common.peak("cpu", work) < 60
+    assert common.peak("cpu", lambda: None) < 5
+
+
+def test_the_peak_counts_what_memory_freed_before_could_hold() -> None:
+    torch.ones(8_000_000)  # 32 MB: blocks up to this size come from the heap from now on
+    blocks = [torch.ones(5_000_000) for _ in range(8)]  # 160 MB
+    del blocks[:-1]  # the heap cannot shrink below the last
+    assert 45 < common.peak("cpu", lambda: torch.ones(12_500_000)) < 60
 
 
 # Sections
