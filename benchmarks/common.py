@@ -169,7 +169,7 @@ def machine() -> dict[str, Any]:
 
 
 def peak(device: str, work: Callable[[], object]) -> float:
-    """MB that `work` takes at its peak, above what stood before: of the GPU's memory or the process's. Linux only (/proc)."""
+    """MB that `work` takes at its peak, above what stood before: of the GPU or the process (Linux, /proc)."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
