@@ -116,11 +116,11 @@ def find_evidence(
     clash = _surest(unwanted, unwanted, catalogue)[:MISSES_SHOWN]
     lacks = _distinct([fact for fact in sure if fact not in facts and fact not in told])[:MISSES_SHOWN]
 
-    ordered = []
-    for at, other in enumerate(history):
-        both = in_common(catalogue, item, int(other))
-        closeness = math.fsum(-math.log(catalogue.rates.base[fact]) for fact in both if fact not in unwanted)
-        ordered.append((len(set(meets).intersection(catalogue.facts[other])), closeness, at, int(other)))
+    closeness = shared_information(catalogue, item, history, unwanted)
+    ordered = [
+        (len(set(meets).intersection(catalogue.facts[other])), closeness[at], at, int(other))
+        for at, other in enumerate(history)
+    ]
     near = list(dict.fromkeys(other for *_, other in sorted(ordered, reverse=True) if other != item))
     shares: list[str] = []
     if not meets and near:
@@ -145,10 +145,14 @@ def in_common(catalogue: Catalogue, one: int, other: int) -> list[str]:
     return _distinct(sorted(telling, key=lambda fact: (base[fact], fact)))
 
 
-def shared_information(catalogue: Catalogue, item: int, events: Sequence[int] | np.ndarray) -> np.ndarray:
-    """float64 (N,): what each of `events` has in common with `item`, the information of those facts in nats."""
+def shared_information(
+    catalogue: Catalogue, item: int, events: Sequence[int] | np.ndarray, unwanted: Container[str] = ()
+) -> np.ndarray:
+    """float64 (N,): what each of `events` has in common with `item`, the information in nats of those facts that are
+    not `unwanted`."""
     base = catalogue.rates.base
-    return np.array([math.fsum(-math.log(base[fact]) for fact in in_common(catalogue, item, int(e))) for e in events])
+    shared = ([fact for fact in in_common(catalogue, item, int(e)) if fact not in unwanted] for e in events)
+    return np.array([math.fsum(-math.log(base[fact]) for fact in facts) for facts in shared])
 
 
 def mere_word(catalogue: Catalogue, fact: str) -> bool:
