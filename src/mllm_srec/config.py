@@ -191,7 +191,7 @@ class EvaluationConfig(_Section):
     """Full-catalogue metrics with bootstrap intervals over users."""
 
     cutoffs: tuple[Annotated[int, Field(ge=1)], ...] = Field((5, 10, 20), min_length=1)
-    choosing_users: int = Field(400, ge=1)
+    choosing_users: int = Field(1000, ge=1)
     """Validation targets at most of one half of the users, and half as many of the other, that choose the weights."""
     users: int | None = Field(None, ge=1)
     """Test targets at most (a seeded sample); none means all."""
