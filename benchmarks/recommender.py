@@ -1,6 +1,6 @@
 """The measures of the recommender that a run's own report does not hold, on the real sets and the sample shop.
 
-    python benchmarks/recommender.py --data ../shared/data [--sections sampled,calibration] [--sets hm_sample]
+    python benchmarks/recommender.py --data ../shared/data [--sections together,sampled] [--sets hm_sample]
                                      [--real build/real] [--work build/bench_recommender] [--json]
 
 REAL/SET is the workspace that `make real` finishes; it is made and run where it is missing, and else used as it is.
@@ -23,7 +23,6 @@ from common import (
     Figure,
     above_zero,
     at_least,
-    at_most,
     difference,
     figure,
     machine,
@@ -37,16 +36,13 @@ from recommender_shop import lost, show_lost
 from users_common import REAL, Case, Log, sample
 
 from mllm_srec import metrics
-from mllm_srec.calibration import expected_error, fit, sigmoid
-from mllm_srec.data.split import Targets
 from mllm_srec.metrics import ndcg, stratified_bootstrap
 from mllm_srec.pipeline import PLACES, RERANKED, RETRIEVED
 
 TARGETS = 300
-"""Test targets of each set, and as many validation targets that calibrate."""
+"""Test targets of each set."""
 NEGATIVES = 20
 CUTOFF = 5
-ERROR_MARK = 0.05
 GAIN_MARK = 0.05
 
 
@@ -135,104 +131,10 @@ def show_sampled(result: dict[str, Any]) -> None:
         show(title, ("system", *columns), rows)
 
 
-# Calibration
-
-
-def calibration(bench: Bench, places: Places) -> dict[str, Any]:
-    """Per set: how far the chances of candidates are from what happens."""
-    return {name: measure_calibration(bench, opened(bench, place)) for name, place in places.items()}
-
-
-def measure_calibration(bench: Bench, log: Log) -> dict[str, Any]:
-    """Fitted on validation users who chose nothing, reported on the test: over all lists, where a target outside its
-    list leaves only misses, and over the lists that hold their target."""
-    chosen, validation = log.pipeline.chosen, log.split.validation
-    choosers = np.concatenate([chosen.choosing.user, chosen.calibrating.user])
-    calibrating = validation.take(np.flatnonzero(~np.isin(validation.user, choosers)))
-    fitted_on, told = lists_of(bench, log, calibrating, "validation"), lists_of(bench, log, chosen.test, "test")
-    return {
-        "all lists": reliability(fitted_on, told),
-        "lists that hold their target": reliability(held(fitted_on), held(told)),
-    }
-
-
-Judged = dict[str, np.ndarray]
-"""fused float64 (B, K), odds float32 (B, K), is_target bool (B, K), user int (B,)."""
-
-
-def lists_of(bench: Bench, log: Log, targets: Targets, part: str) -> Judged:
-    """Lists of a sample of `targets` from the retriever of `part`, all of them read."""
-    cases = log.cases(sample(bench, targets, TARGETS))
-    queries = queries_of(cases)
-    items, scores = log.pipeline._retriever(part).candidates(queries, log.pipeline.config.retrieval.candidates)
-    read = read_lists(bench, log, states(bench, log, cases, part), items, scores, f"{part} lists")
-    return {
-        "fused": systems(bench, log, read)["fused"],
-        "odds": read.odds,
-        "is_target": items == np.array([case.target for case in cases])[:, None],
-        "user": np.array([case.user for case in cases]),
-    }
-
-
-def held(lists: Judged) -> Judged:
-    """Those that hold their target."""
-    rows = lists["is_target"].any(1)
-    return {name: values[rows] for name, values in lists.items()}
-
-
-def reliability(fitted_on: Judged, told: Judged) -> dict[str, Any]:
-    """Of `told`: the fused score's chances by Platt scaling on `fitted_on`, and the odds as they are.
-
-    The Brier score is compared with that of stating the test's own base rate each time.
-    """
-    is_target = told["is_target"]
-    counts = {"calibrating": len(fitted_on["user"]), "lists": len(is_target), "targets": int(is_target.sum())}
-    if not fitted_on["is_target"].any() or not is_target.any():
-        return counts  # no list holds its target: there is nothing to fit or to judge
-    found = fit(fitted_on["fused"], fitted_on["is_target"])
-    users = np.repeat(told["user"], is_target.shape[1])
-    base = np.full(is_target.shape, is_target.mean())
-    chances = {"fused, calibrated": found.chances(told["fused"]), "odds as they are": sigmoid(told["odds"])}
-    squares = {name: ((of - is_target) ** 2).ravel() for name, of in {"base rate": base, **chances}.items()}
-    errors: dict[str, Figure] = {
-        name: {"value": expected_error(of, is_target), "n": of.size} for name, of in chances.items()
-    }
-    errors["fused, calibrated"] = at_most(errors["fused, calibrated"], ERROR_MARK)
-    gains = {name: difference(squares["base rate"], squares[name], users) for name in chances}
-    gains["fused, calibrated"] = above_zero(gains["fused, calibrated"])
-    return {
-        **counts,
-        "slope": found.slope,
-        "intercept": found.intercept,
-        "base rate": float(base[0, 0]),
-        "expected error": errors,
-        "brier": {name: figure(of, users.tolist()) for name, of in squares.items()},
-        "base rate - brier": gains,
-    }
-
-
-def show_calibration(result: dict[str, Any]) -> None:
-    """One table per set and kind of lists."""
-    for name, of_set in result.items():
-        for what, of in of_set.items():
-            title = f"calibration, {name}, {what}: fitted on {of['calibrating']}, {of['lists']} of the test"
-            if "slope" not in of:
-                print(f"{title}: no list holds its target, nothing to fit or to judge\n")
-                continue
-            title += f" with {of['targets']} targets; chance = sigmoid({of['slope']:.3f} s {of['intercept']:+.3f})"
-            rows = [("base rate", "", shown(of["brier"]["base rate"], 4), "")]
-            rows += [
-                (label, shown(error), shown(of["brier"][label], 4), shown(of["base rate - brier"][label], 5))
-                for label, error in of["expected error"].items()
-            ]
-            show(title, ("chance", "expected error", "Brier score", "base rate's - its own"), rows)
-
-
 SECTIONS = {
     "together": (together, show_together),
     "sampled": (sampled, show_sampled),
     "faithful": (faithful, show_faithful),
-    "calibration": (calibration, show_calibration),
     "shop": (lost, show_lost),
 }
 

@@ -19,7 +19,6 @@ from fakes import FakeMllm, make_catalogue, make_state
 from mllm_srec.config import load_config
 from mllm_srec.data.dataset import Dataset
 from mllm_srec.data.split import Targets
-from mllm_srec.evaluation.protocol import Chosen
 from mllm_srec.ranking import Candidates, Fusion
 from mllm_srec.recommender import RUN
 from mllm_srec.records import ranking_request
@@ -318,54 +317,6 @@ def test_reasons_that_cite_nothing_leave_no_cases(tmp_path: Path, monkeypatch: p
     faithful.show_faithful({"set": found})
 
 
-# Calibration
-
-
-def judged(fused: np.ndarray, is_target: np.ndarray, odds: np.ndarray | None = None) -> program.Judged:
-    users = np.arange(len(fused))
-    return {"fused": fused, "odds": fused if odds is None else odds, "is_target": is_target, "user": users}
-
-
-def test_scores_that_tell_targets_apart_beat_the_base_rate_and_odds_that_state_too_much_do_not() -> None:
-    generator = np.random.default_rng(0)
-
-    def drawn() -> program.Judged:
-        fused = generator.normal(size=(400, 10))
-        return judged(fused, generator.random(fused.shape) < 1 / (1 + np.exp(3 - 2 * fused)), np.full(fused.shape, 4.0))
-
-    found = program.reliability(drawn(), drawn())
-    assert (found["slope"], found["intercept"]) == (pytest.approx(2, abs=0.2), pytest.approx(-3, abs=0.2))
-    assert (
-        found["expected error"]["fused, calibrated"]["met"] and found["base rate - brier"]["fused, calibrated"]["met"]
-    )
-    assert found["base rate - brier"]["odds as they are"]["high"] < 0
-    rate = found["base rate"]
-    assert found["brier"]["base rate"]["value"] == pytest.approx(rate * (1 - rate))
-    assert found["expected error"]["odds as they are"]["value"] == pytest.approx(1 / (1 + np.exp(-4)) - rate)
-
-
-def test_scores_that_tell_nothing_do_not_beat_the_base_rate() -> None:
-    generator = np.random.default_rng(1)
-    of = [judged(generator.normal(size=(200, 10)), np.tile(np.arange(10) == 0, (200, 1))) for _ in range(2)]
-    found = program.reliability(*of)
-    assert not found["base rate - brier"]["fused, calibrated"]["met"]
-    assert found["expected error"]["fused, calibrated"]["met"]
-
-
-def test_without_targets_there_is_nothing_to_fit_or_to_judge(capsys: pytest.CaptureFixture[str]) -> None:
-    some, none = judged(np.eye(3), np.eye(3, dtype=bool)), judged(np.eye(3), np.zeros((3, 3), bool))
-    for pair in ((some, none), (none, some), (program.held(none), program.held(none))):
-        found = program.reliability(*pair)
-        assert set(found) == {"calibrating", "lists", "targets"}
-        program.show_calibration({"set": {"all lists": found}})
-        assert "no list holds its target" in capsys.readouterr().out
-
-
-def test_held_lists_are_those_with_their_target() -> None:
-    found = program.held(judged(np.arange(6.0).reshape(3, 2), np.array([[True, False], [False, False], [False, True]])))
-    assert found["user"].tolist() == [0, 2] and found["fused"].tolist() == [[0, 1], [4, 5]]
-
-
 # The shop
 
 
@@ -483,26 +434,6 @@ def test_a_section_is_told_again_without_the_model(
     show(again)
     assert again == first
     assert capsys.readouterr().out == told != ""
-
-
-def test_who_chose_does_not_calibrate(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = lists.opened(bench, bench.work / "hm_sample")
-    asked: dict[str, np.ndarray] = {}
-
-    def lists_of(_: Bench, __: users_common.Log, targets: Targets, part: str) -> program.Judged:
-        asked[part] = targets.user
-        return judged(np.eye(3), np.eye(3, dtype=bool))
-
-    monkeypatch.setattr(program, "lists_of", lists_of)
-    config = log.pipeline.config
-    few = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"choosing_users": 2})})
-    chosen = log.pipeline.chosen = Chosen.of(log.split, few)
-    program.measure_calibration(bench, log)
-    choosers = {*chosen.choosing.user, *chosen.calibrating.user}
-    assert len(choosers) > 1 and asked["validation"].size > 1
-    assert not set(asked["validation"]) & choosers
-    assert set(asked["validation"]) | choosers == set(log.split.validation.user)
-    assert asked["test"].tolist() == log.pipeline.chosen.test.user.tolist()
 
 
 def test_a_quick_look_is_limited(bench: Bench) -> None:
