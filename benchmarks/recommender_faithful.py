@@ -201,18 +201,20 @@ def reasons_of(
     """facts and events (ids) of the reasons for `items` (n,), as the service gives them."""
     low = case.history.disliked[: case.end]
     liked, disliked = case.seen[~low], case.seen[low]
+    falls = retriever.falls(queries_of([case]), items.tolist())[:, ~low]
     nearest = [
-        retriever.nearest_events(liked, item, shared_information(log.catalogue, item, liked)) for item in items.tolist()
+        retriever.nearest_events(liked, item, shared_information(log.catalogue, item, liked), falling)
+        for item, falling in zip(items.tolist(), falls, strict=True)
     ]
     asked = told_of(ranking_request(state, log.catalogue, items))
     found: list[dict[str, Any]] = bench.kept(
         "recommender-reasons",
         __file__,
-        [log.mllm.identity, prompts.VERSION, CHECK, *asked, liked.tolist(), disliked.tolist(), nearest],
+        [log.mllm.identity, prompts.VERSION, CHECK, *asked, liked.tolist(), disliked.tolist(), nearest, falls.tolist()],
         lambda: [
             {"facts": reason.facts, "events": reason.events}
             for reason in explain(
-                log.mllm, log.catalogue, state, liked, items.tolist(), *zip(*nearest, strict=True), disliked
+                log.mllm, log.catalogue, state, liked, items.tolist(), *zip(*nearest, strict=True), disliked, falls
             )
         ],
     )

@@ -4,7 +4,7 @@ Person n chose items n, n + 1, n + 2 and then n + 3, the target. People 0 to 5 h
 6 and 7 at places 11 and 12, the others not at all; item 14, the target of person 11, stands in no other event.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 from fakes import FakeMllm, make_catalogue, make_shop, png
 from mllm_srec.catalogue import Catalogue
 from mllm_srec.config import load_config
-from mllm_srec.data.dataset import Histories
+from mllm_srec.data.dataset import Histories, Queries
 from mllm_srec.data.split import Split, Targets, leave_last_out
 from mllm_srec.evaluation import protocol, slices
 from mllm_srec.evaluation.protocol import Places
@@ -62,7 +62,12 @@ class AdaptedMllm(FakeMllm):
 class Neighbours:
     """The newest event stands for what was chosen together with the item."""
 
-    def nearest_events(self, history: np.ndarray, item: int, shared: np.ndarray) -> tuple[int | None, int | None]:
+    def falls(self, asked: Queries, items: Sequence[int]) -> np.ndarray:
+        return np.zeros((len(items), len(asked[0])))
+
+    def nearest_events(
+        self, history: np.ndarray, item: int, shared: np.ndarray, falls: np.ndarray
+    ) -> tuple[int | None, int | None]:
         return (int(history[-1]), None) if len(history) else (None, None)
 
 

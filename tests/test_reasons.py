@@ -355,6 +355,25 @@ PARTS = [
 ]
 
 
+def test_of_events_that_say_as_much_the_evidence_names_first_what_moves_the_score() -> None:
+    def like(falls: np.ndarray | None) -> tuple[str, ...]:
+        # c and f have the same of the tastes; f is closer to the item, for both are warm.
+        (made,) = explain(FakeMllm(), catalogue, STATE, place("cf"), [6], [None], [None], (), falls)
+        return made.events
+
+    catalogue = make_catalogue(
+        a="red shoe",
+        b="red hat",
+        c="red hat wool",
+        d="blue shoe",
+        e="blue",
+        f="red hat wool warm",
+        g="red hat wool warm",
+    )
+    assert like(None) == like(np.zeros((1, 2))) == ("f", "c")
+    assert like(np.array([[1.0, 0.1]])) == ("c", "f")
+
+
 @given(
     st.lists(st.sampled_from(range(len(IDS))), min_size=1, max_size=4),
     st.text(IDS, min_size=1, max_size=6),

@@ -127,6 +127,14 @@ def test_of_events_with_as_many_tastes_the_one_that_is_closest_in_all_comes_firs
     )
     found = find_evidence(make_state("red"), catalogue, 3, np.array([0, 1, 2]))
     assert found.like == (1, 2)  # silk and lace in common, then silk
+    # What the item's score loses without an event counts as much as what the two have in common.
+    for falls, like in (([0, 0.1, 0.9], (2, 1)), ([0, 0.9, 0.1], (1, 2)), ([9, 0, 0], (0, 1)), ([0, -9, 0], (1, 2))):
+        assert find_evidence(make_state("red"), catalogue, 3, np.array([0, 1, 2]), (), np.array(falls)).like == like
+
+
+def test_an_event_that_has_more_of_the_tastes_comes_before_one_that_moves_the_score() -> None:
+    found = find_evidence(STATE, CATALOGUE, IDS.index("c"), place("abd"), (), np.array([9.0, 0.1, 9.0]))
+    assert found.like == tuple(place("ba"))
 
 
 def test_what_events_share_with_an_item_weighs_as_much_as_it_is_rare() -> None:

@@ -87,16 +87,21 @@ def explain(
     together: Sequence[int | None],
     similar: Sequence[int | None],
     disliked: Sequence[int] | np.ndarray = (),
+    falls: np.ndarray | None = None,
 ) -> list[Reason]:
     """A checked reason per shown item.
 
     Of what the model writes a sentence is kept if all in it is borne out (`_checked`), and none where its answer is
-    "No". Otherwise the evidence gives the reason: tastes that are met, else the history item chosen `together` with it
-    most often, else the one most `similar` in content (catalogue positions or None). Tastes that tell little (`_weak`)
-    come last, whoever names them.
+    "No". Otherwise the evidence gives the reason: tastes that are met, else the history item that is chosen `together`
+    with it, else the one `similar` in content (catalogue positions or None; see `Retriever.nearest_events`). Tastes
+    that tell little (`_weak`) come last, whoever names them.
     Before either it is said if the item is another version (colour, size, issue) of a choice: of the same title. Such a
     choice is not named a second time but for a taste.
-    `history` and `disliked` are the items that the user did not dislike and did, oldest first.
+
+    Args:
+        history, disliked: the items that the user did not dislike and did, oldest first.
+        falls: float (items, history), how far an item's score falls without an event (`Retriever.falls`): of events
+            that say as much, that is named first which counts most.
     """
     if len(items) == 0:
         return []
@@ -104,7 +109,8 @@ def explain(
     written = [answer.text for answer in mllm.ask([prefix], questions, REASON_TOKENS)[0]]
     calls = names_of(catalogue, history)
     reasons = []
-    for item, text, company, kin in zip(items, written, together, similar, strict=True):
+    moved: Sequence[np.ndarray | None] = [None] * len(items) if falls is None else list(falls)
+    for item, text, company, kin, falling in zip(items, written, together, similar, moved, strict=True):
         answer = _ANSWER.search(text)
         kept: list[Sentence] = []
         if answer is None or answer[1] == "Yes":
@@ -117,7 +123,7 @@ def explain(
             )
         if version or company is not None or kin is not None:
             kept = [sentence for sentence in kept if not _weak(catalogue, sentence.facts)]
-        found = find_evidence(state, catalogue, item, history, disliked)
+        found = find_evidence(state, catalogue, item, history, disliked, falling)
         why = kept or _from_evidence(catalogue, item, found, company, kin, bool(version))
         reasons.append(Reason((*version, *why)))
     return reasons

@@ -252,7 +252,7 @@ class Recommender:
         shown = self._rank(asked, state, k)[:k]
         said: Sequence[Reason | None] = [None] * len(shown)
         if reasons:
-            said = self._reasons(state, asked[0], disliked, [item for item, *_ in shown])
+            said = self._reasons(state, asked, disliked, [item for item, *_ in shown])
         rows = self.dataset.items
         return Answer(
             user=user,
@@ -308,10 +308,13 @@ class Recommender:
         ]
         return best
 
-    def _reasons(self, state: UserState, history: np.ndarray, disliked: np.ndarray, items: list[int]) -> list[Reason]:
+    def _reasons(self, state: UserState, asked: Queries, disliked: np.ndarray, items: list[int]) -> list[Reason]:
+        history = asked[0]
         liked, together, similar = history[~disliked], [], []
-        for item in items:
-            company, kin = self.retriever.nearest_events(liked, item, shared_information(self.catalogue, item, liked))
+        falls = self.retriever.falls(asked, items)[:, ~disliked]
+        for item, falling in zip(items, falls, strict=True):
+            shared = shared_information(self.catalogue, item, liked)
+            company, kin = self.retriever.nearest_events(liked, item, shared, falling)
             together.append(company)
             similar.append(kin)
-        return explain(self.mllm, self.catalogue, state, liked, items, together, similar, history[disliked])
+        return explain(self.mllm, self.catalogue, state, liked, items, together, similar, history[disliked], falls)

@@ -96,11 +96,14 @@ def find_evidence(
     item: int,
     history: np.ndarray,
     disliked: Sequence[int] | np.ndarray = (),
+    falls: np.ndarray | None = None,
 ) -> Evidence:
     """What the facts of `item` say to what is known of the user.
 
     `history` holds the items that the user did not dislike: nobody wants more of what they rated low. `disliked` are
     the others. Of facts, the surest kind alone is told: tastes beyond doubt, else hints of some, else words of texts.
+    Of events that have as many of these facts, that comes first which is closest to the item; with `falls`, float as
+    long as the history, that of the greatest closeness times how far the item's score falls without it.
     """
     facts, told = catalogue.facts[item], catalogue.candidates[item].lower()
     moving = state.movement
@@ -117,8 +120,9 @@ def find_evidence(
     lacks = _distinct([fact for fact in sure if fact not in facts and fact not in told])[:MISSES_SHOWN]
 
     closeness = shared_information(catalogue, item, history, unwanted)
+    moved = closeness if falls is None else closeness * falls.clip(0)
     ordered = [
-        (len(set(meets).intersection(catalogue.facts[other])), closeness[at], at, int(other))
+        (len(set(meets).intersection(catalogue.facts[other])), moved[at], closeness[at], at, int(other))
         for at, other in enumerate(history)
     ]
     near = list(dict.fromkeys(other for *_, other in sorted(ordered, reverse=True) if other != item))

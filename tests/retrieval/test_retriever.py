@@ -99,21 +99,75 @@ def test_a_new_item_is_found_by_its_content() -> None:
     assert of.mixed(Mix(4.0, 0.0, 0.0, 0)).candidates([places("e")], 1)[0].item() == 5
 
 
+@pytest.mark.parametrize("timed", [False, True])
+def test_a_score_falls_by_what_is_missing_without_an_event(timed: bool) -> None:
+    histories = log("abcd", "bcda", "aef", "fab", times=True)
+    vectors = np.random.default_rng(1).normal(size=(6, 4)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    of, day = fitted(histories, vectors, Mix(2.0, 0.5, 4.0, 2)), 86_400_000
+    history, times = places("abac"), np.array([0, 1, 2, 5]) * day
+
+    def asked(kept: list[int]) -> Queries:
+        return Queries([history[kept]], [times[kept]], np.array([6 * day])) if timed else Queries([history[kept]])
+
+    falls = of.falls(asked([0, 1, 2, 3]), [4, 5])
+    assert falls.shape == (2, 4) and falls.any()
+    whole = of.scores(asked([0, 1, 2, 3]))[0]
+    for at, kept in enumerate(([1, 3], [0, 2, 3], [1, 3], [0, 1, 2])):  # a was chosen twice
+        np.testing.assert_allclose(falls[:, at], (whole - of.scores(asked(kept))[0])[[4, 5]], atol=1e-5)
+
+
+def test_what_is_older_than_any_signal_reads_moves_nothing() -> None:
+    of = fitted(log("abc", "bca"), mix=Mix(1.0, 1.0, 1.0, 1))
+    history = np.concatenate([places("c"), np.tile(places("ab"), sequence.LENGTH // 2)])
+    falls = of.falls(Queries([history]), [2])
+    assert falls.shape == (1, sequence.LENGTH + 1) and falls[0, 0] == 0 and falls[0, 1:].all()
+    assert of.falls(Queries([places("")]), [2, 3]).shape == (2, 0)
+
+
 def test_nearest_events_names_company_and_kin_or_nothing() -> None:
     histories = log("abc", "ab", "d")
     vectors = np.array([[1, 0], [0, 1], [0.8, 0.6], [1, 0], [0, -1], [-1, 0]], dtype=np.float32)
     of = fitted(histories, vectors, Mix(1.0, 0.0, 0.0, 0))
     # bc and ac: 1/sqrt(2) each; the cosine of a and d is 0.8: among equals the newest counts
-    assert of.nearest_events(places("dab"), 2, np.zeros(3)) == (1, 0)
-    assert of.nearest_events(places("d"), 4, np.ones(1)) == (None, None)
-    assert of.nearest_events(places(""), 0, np.zeros(0)) == (None, None)
+    assert of.nearest_events(places("dab"), 2, np.zeros(3), np.zeros(3)) == (1, 0)
+    assert of.nearest_events(places("d"), 4, np.ones(1), np.ones(1)) == (None, None)
+    assert of.nearest_events(places(""), 0, np.zeros(0), np.zeros(0)) == (None, None)
 
 
 def test_company_that_has_something_in_common_stands_for_the_rest() -> None:
     of = fitted(log("abc", "bc", "ad"), EYE, Mix(1.0, 0.0, 0.0, 0))
     # Strengths to c: of a 1/sqrt(2*2) = .5, of b 2/sqrt(2*2) = 1, of d none.
     for shared, company in (([0, 0, 0], 1), ([1, 0, 0], 0), ([3, 1, 0], 0), ([1, 1, 9], 1), ([0, 0, 9], 1)):
-        assert of.nearest_events(places("abd"), 2, np.array(shared, dtype=float))[0] == company, shared
+        assert of.nearest_events(places("abd"), 2, np.array(shared, dtype=float), np.zeros(3))[0] == company, shared
+
+
+@pytest.mark.parametrize(
+    ("shared", "falls", "company"),
+    [
+        ([1, 1, 0], [0.2, 0.1, 0], 0),  # b occurs with c more often, a moves its score more
+        ([1, 3, 0], [0.2, 0.1, 0], 1),  # but has less in common with it
+        ([0, 0, 0], [0.2, 0.1, 0], 0),
+        ([0, 1, 0], [0.2, 0.0, 0], 1),
+        ([1, 1, 1], [-0.2, -0.1, 0], 1),  # none makes it fall: by strength
+        ([1, 1, 9], [0.1, 0.2, 9], 1),  # d does not occur with c
+    ],
+)
+def test_of_the_company_that_is_named_which_moves_the_score(
+    shared: list[float], falls: list[float], company: int
+) -> None:
+    of = fitted(log("abc", "bc", "ad"), EYE, Mix(1.0, 0.0, 0.0, 0))
+    assert of.nearest_events(places("abd"), 2, np.array(shared, float), np.array(falls, float))[0] == company
+
+
+@pytest.mark.parametrize(
+    ("falls", "kin"), [([0, 0, 0], 0), ([0.1, 0.5, 9], 1), ([0.5, 0.1, 9], 0), ([0.1, 0.11, 0], 0)]
+)
+def test_of_the_kin_that_is_named_which_moves_the_score(falls: list[float], kin: int) -> None:
+    # Cosines to c: of a .8, of b .6, of e -.6, which is never near.
+    vectors = np.array([[1, 0], [0, 1], [0.8, 0.6], [1, 0], [0, -1], [-1, 0]], dtype=np.float32)
+    of = fitted(log("ab", "d"), vectors, Mix(1.0, 0.0, 0.0, 0))
+    assert of.nearest_events(places("abe"), 2, np.zeros(3), np.array(falls, float))[1] == kin
 
 
 def test_nothing_seen_is_an_error() -> None:

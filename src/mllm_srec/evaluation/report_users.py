@@ -18,11 +18,11 @@ import pyarrow as pa
 
 from mllm_srec import users
 from mllm_srec.catalogue import Catalogue
-from mllm_srec.data.dataset import Histories
+from mllm_srec.data.dataset import Histories, Queries
 from mllm_srec.data.images import PictureError, open_picture
 from mllm_srec.data.split import Split, Targets
 from mllm_srec.data.text import clean
-from mllm_srec.evaluation.protocol import Places, target_items
+from mllm_srec.evaluation.protocol import Places, histories_of, target_items
 from mllm_srec.mllm.base import PartialFailure
 from mllm_srec.mllm.local import LocalMllm
 from mllm_srec.mllm.remote import RemoteMllm
@@ -53,7 +53,12 @@ WITHOUT_PICTURE = {"none": "no picture given", "remote": "picture not fetched", 
 class Neighbours(Protocol):
     """What reasons need of a retriever."""
 
-    def nearest_events(self, history: np.ndarray, item: int, shared: np.ndarray) -> tuple[int | None, int | None]:
+    def falls(self, asked: Queries, items: Sequence[int]) -> np.ndarray:
+        """See `Retriever.falls`."""
+
+    def nearest_events(
+        self, history: np.ndarray, item: int, shared: np.ndarray, falls: np.ndarray
+    ) -> tuple[int | None, int | None]:
         """See `Retriever.nearest_events`."""
 
 
@@ -183,10 +188,10 @@ def examples(
     gallery = _Gallery(workspace, catalogue, histories)
     states, windows = _comprehend(workspace, mllm, catalogue, histories, ranked.targets.take(np.array(chosen, int)))
     orders = [ranked.order(target)[:LISTED] for target in chosen]
-    liked = [gallery.liked(int(ranked.targets.user[target]), int(ranked.targets.end[target])) for target in chosen]
-    low = [gallery.disliked(int(ranked.targets.user[target]), int(ranked.targets.end[target])) for target in chosen]
+    asked = histories_of(histories, ranked.targets.take(np.array(chosen, int)))
+    low = [gallery.low_rated(int(ranked.targets.user[target]), int(ranked.targets.end[target])) for target in chosen]
     heads = [ranked.items[target, order[:REASONS_SHOWN]].tolist() for target, order in zip(chosen, orders, strict=True)]
-    reasons = _reasons(workspace, mllm, catalogue, states, liked, low, heads, retriever)
+    reasons = _reasons(workspace, mllm, catalogue, states, asked, low, heads, retriever)
     seen_before = np.zeros(len(histories.items), dtype=bool)
     seen_before[histories.item[split.seen_test]] = True
     shown = []
@@ -259,17 +264,8 @@ class _Gallery:
         time = self._histories.time
         return None if time is None else time[self._histories.span(user)]
 
-    def liked(self, user: int, end: int) -> np.ndarray:
-        """The first `end` items of a user without the disliked ones."""
-        liked: np.ndarray = self._histories.of(user, end)[~self._low_rated(user, end)]
-        return liked
-
-    def disliked(self, user: int, end: int) -> np.ndarray:
-        """The disliked ones among the first `end` items of a user."""
-        disliked: np.ndarray = self._histories.of(user, end)[self._low_rated(user, end)]
-        return disliked
-
-    def _low_rated(self, user: int, end: int) -> np.ndarray:
+    def low_rated(self, user: int, end: int) -> np.ndarray:
+        """bool (end,): which of the first `end` events of a user are disliked items."""
         return disliked_events(self._histories, user, self._low)[:end]
 
     def _day(self, user: int, at: int) -> str:
@@ -325,21 +321,30 @@ def _reasons(
     mllm: LocalMllm | RemoteMllm,
     catalogue: Catalogue,
     states: Sequence[UserState],
-    liked: Sequence[np.ndarray],
+    asked: Queries,
     disliked: Sequence[np.ndarray],
     heads: Sequence[list[int]],
     retriever: Neighbours,
 ) -> list[list[tuple[str, str]]]:
     """(text, by whom) for the first items of each list."""
     jobs = []
-    for state, history, low, items in zip(states, liked, disliked, heads, strict=True):
-        near = [retriever.nearest_events(history, i, shared_information(catalogue, i, history)) for i in items]
+    for at, (state, low, items) in enumerate(zip(states, disliked, heads, strict=True)):
+        history, falls = asked[at][~low], retriever.falls(asked[at : at + 1], items)[:, ~low]
+        near = [
+            retriever.nearest_events(history, item, shared_information(catalogue, item, history), falling)
+            for item, falling in zip(items, falls, strict=True)
+        ]
         prefix, questions = explain_questions(state, catalogue, items)
         told = [prefix.system, *(str(part) for part in prefix.parts), *(question.about for question in questions)]
-        found = [rationale(find_evidence(state, catalogue, item, history, low), catalogue, True) for item in items]
+        found = [
+            rationale(find_evidence(state, catalogue, item, history, asked[at][low], falling), catalogue, True)
+            for item, falling in zip(items, falls, strict=True)
+        ]
         kin = [None if i is None else catalogue.lines[i] for pair in near for i in pair]
         mark = fingerprint(mllm.identity, prompts.VERSION, *told, *found, *kin)
-        jobs.append(Job(users.state_key(state.user_id, state.end), mark, (state, history, low, items, near)))
+        jobs.append(
+            Job(users.state_key(state.user_id, state.end), mark, (state, history, asked[at][low], items, near, falls))
+        )
 
     def write(batch: list[Job]) -> list[dict[str, object]]:
         return [_row(*job.payload) for job in batch]
@@ -350,10 +355,11 @@ def _reasons(
         low: np.ndarray,
         items: list[int],
         near: list[tuple[int | None, int | None]],
+        falls: np.ndarray,
     ) -> dict[str, object]:
         try:
             company, kin = [one for one, _ in near], [one for _, one in near]
-            why = explain(mllm, catalogue, state, history, items, company, kin, low)
+            why = explain(mllm, catalogue, state, history, items, company, kin, low, falls)
         except PartialFailure as failure:
             return {"status": "error", "reason": str(failure), "texts": [], "by": []}
         return {"status": "ok", "reason": "", "texts": [one.text for one in why], "by": [one.by for one in why]}

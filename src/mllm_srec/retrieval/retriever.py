@@ -17,8 +17,8 @@ import numpy as np
 from mllm_srec.data.dataset import Histories, Queries
 from mllm_srec.errors import DataError
 from mllm_srec.retrieval.index import EXACT, ItemIndex
-from mllm_srec.retrieval.sequence import SequenceEncoder
-from mllm_srec.retrieval.signals import CoOccurrence, Likeness, Trend, best, rows_at_once
+from mllm_srec.retrieval.sequence import LENGTH, SequenceEncoder
+from mllm_srec.retrieval.signals import LAST, LIKE_LAST, CoOccurrence, Likeness, Trend, best, rows_at_once
 
 NEAR = 0.3
 """Cosine from which a history item may be named as close in content."""
@@ -26,6 +26,8 @@ STATIC = 2
 """Dimensions of the dense part that no history changes: trend and order."""
 STRONG = 5000
 """Items by trend, and as many by bias, that are looked at beside what an index finds."""
+REACH = max(LAST, LIKE_LAST, LENGTH)
+"""Newest events of a history that any signal reads: what is older moves no score."""
 ORDER = 1e-4
 """Of a deviation: what the most popular item gets, so that popularity orders what nothing else does."""
 
@@ -257,26 +259,50 @@ class Retriever:
         items = self._items if encoder else np.zeros((len(self.popularity), 0), dtype=np.float32)
         return np.concatenate([items, self._trend[-1][:, None], self._order[:, None]], axis=1)
 
-    def nearest_events(self, history: np.ndarray, item: int, shared: np.ndarray) -> tuple[int | None, int | None]:
-        """The history item that stands for those that occur with `item`, and the one closest to it in content; None
-        where none does.
+    def falls(self, asked: Queries, items: Sequence[int]) -> np.ndarray:
+        """float32 (K, n): how far the score of each of `items` falls if the user asked about, one with n events, had
+        never chosen the item of one event; of all events with it where it was chosen more than once."""
+        history, now = asked[0], asked.now
+        of = np.asarray(items, dtype=np.int64)
+        first = max(0, len(history) - REACH)
+        kept = [history != item for item in history[first:].tolist()]
+        times = None if asked.times is None else [asked.times[0][rows] for rows in kept]
+        less = Queries([history[rows] for rows in kept], times, None if now is None else np.repeat(now, len(kept)))
+        falls = np.zeros((len(of), len(history)), dtype=np.float32)
+        whole = self.scores(asked)[0, of]
+        for start, block in self._blocks(less):
+            falls[:, first + start : first + start + len(block)] = whole[:, None] - self.scores(block)[:, of].T
+        return falls
 
-        The first one is that of the greatest strength times what it has in common with the item (`shared`, float, as
-        long as the history): what is chosen by many occurs with everything. Without anything in common, of the greatest
-        strength.
+    def nearest_events(
+        self, history: np.ndarray, item: int, shared: np.ndarray, falls: np.ndarray
+    ) -> tuple[int | None, int | None]:
+        """The history item that stands for those that occur with `item`, and the one that stands for those close to it
+        in content; None where none does.
+
+        Of those that occur with it the first one is that without which its score would fall furthest, times what the
+        two have in common: what is chosen by many occurs with everything. Where no such event moves the score the
+        strength of the pair stands in for the fall; without anything in common it is the fall alone, then the strength.
+        The second one is that of the greatest fall times cosine, else of the greatest cosine.
+
+        Args:
+            shared, falls: float (n,), as long as the history: what each event has in common with the item, and how far
+                the item's score falls without it (`falls`).
         """
         if len(history) == 0:
             return None, None
         company, strength = self.cooccurrence.company(item)
         known = dict(zip(company.tolist(), strength.tolist(), strict=True))
-        newest_first = history[::-1].tolist()
+        newest_first, common, moved = history[::-1].tolist(), shared[::-1], falls[::-1].clip(0)
         strengths = np.array([known.get(event, 0.0) for event in newest_first])
-        together = int(np.lexsort((-strengths, -strengths * shared[::-1]))[0])
+        moves = np.where(strengths > 0, moved, 0)
+        together = int(np.lexsort((-strengths, -moves, -strengths * common, -moves * common))[0])
         cosine = self.likeness.vectors[newest_first] @ self.likeness.vectors[item]
-        kin = int(cosine.argmax())
+        near = np.where(cosine >= NEAR, cosine, 0)
+        kin = int(np.lexsort((-near, -moved * near))[0])
         return (
             newest_first[together] if strengths[together] > 0 else None,
-            newest_first[kin] if cosine[kin] >= NEAR else None,
+            newest_first[kin] if near[kin] > 0 else None,
         )
 
 
