@@ -22,6 +22,7 @@ from mllm_srec import metrics
 from mllm_srec.config import load_config
 from mllm_srec.data.readers import read
 from mllm_srec.evaluation import protocol
+from mllm_srec.pipeline import PLACES, RERANKED, RETRIEVED
 from mllm_srec.user_states import History
 
 SETTINGS = (
@@ -31,7 +32,8 @@ SETTINGS = (
     "evaluation.honesty_lists=0",
 )
 CUTOFF = 10
-SYSTEMS = ("retrieval", "fused")
+SYSTEMS = {"retrieval": RETRIEVED, "fused": RERANKED}
+"""By the name in a run's tables."""
 WEIGHS = ("picture", "text", "both")
 SHUFFLES = 3
 """Random orders per history, whose mean counts."""
@@ -44,7 +46,7 @@ def lost(bench: Bench, _: Places) -> dict[str, Any]:
     whole, blind = opened_shop(bench, pictures=True), opened_shop(bench, pictures=False)
     test = sample(bench, whole.pipeline.chosen.test, len(whole.pipeline.chosen.test))
     cases = whole.cases(test)
-    seeing, unseeing = ndcg_of(bench, whole, cases, "lists"), ndcg_of(bench, blind, blind.cases(test), "lists")
+    seeing, unseeing = ndcg_of_run(whole, cases), ndcg_of_run(blind, blind.cases(test))
     people = [truth[case.history.user_id] for case in cases]
     changed = np.flatnonzero([person["change"] is not None for person in people])
     mixed = [
@@ -87,6 +89,18 @@ def opened_shop(bench: Bench, pictures: bool) -> Log:
     if own.users != log.histories.users or not np.array_equal(own.item, log.histories.item):
         raise ValueError(f"{place} was not made from {shop(bench)}: move both away, or bring the other")
     return log
+
+
+def ndcg_of_run(log: Log, cases: Sequence[Case]) -> dict[str, np.ndarray]:
+    """float64 (B,) per system: NDCG@10 in the full catalogue of the users' test targets, as the run placed them."""
+    table = pl.read_parquet(log.pipeline.folder / PLACES)
+    users, found = [case.history.user_id for case in cases], {}
+    for name, system in SYSTEMS.items():
+        rows = table.filter(pl.col("system") == system)
+        values = metrics.ndcg(rows["greater"].to_numpy(), rows["ties"].to_numpy(), CUTOFF)
+        of_user = dict(zip(rows["user_id"].to_list(), values.tolist(), strict=True))
+        found[name] = np.array([of_user[user] for user in users])
+    return found
 
 
 def ndcg_of(bench: Bench, log: Log, cases: Sequence[Case], label: str) -> dict[str, np.ndarray]:

@@ -406,7 +406,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory, finished: Path, shop_data: P
 def test_lists_are_those_of_the_run(bench: Bench) -> None:
     log = lists.opened(bench, bench.work / "hm_sample")
     assert log.mllm.has_adapter
-    found = shop.ndcg_of(bench, log, log.cases(log.pipeline.chosen.test), "test")
+    cases = log.cases(log.pipeline.chosen.test)[::-1]
+    found, of_run = shop.ndcg_of(bench, log, cases, "test"), shop.ndcg_of_run(log, cases)
+    for system in shop.SYSTEMS:
+        assert of_run[system].tolist() == pytest.approx(found[system].tolist())
     told = json.loads((log.pipeline.folder / "metrics.json").read_text(encoding="utf-8"))["systems"]
     assert found["retrieval"].mean() == pytest.approx(told["retrieval"]["NDCG@10"]["mean"])
     assert found["fused"].mean() == pytest.approx(told["MLLM-SRec"]["NDCG@10"]["mean"])
