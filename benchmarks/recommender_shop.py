@@ -32,7 +32,7 @@ SETTINGS = (
     "evaluation.honesty_lists=0",
 )
 CUTOFF = 10
-SYSTEMS = {"retrieval": RETRIEVED, "fused": RERANKED}
+SYSTEMS = {"retrieval": RETRIEVED, "odds": "MLLM odds alone", "fused": RERANKED}
 """By the name in a run's tables."""
 WEIGHS = ("picture", "text", "both")
 SHUFFLES = 3
@@ -111,9 +111,12 @@ def ndcg_of(bench: Bench, log: Log, cases: Sequence[Case], label: str) -> dict[s
     items, scores = retriever.candidates(queries, log.pipeline.config.retrieval.candidates)
     held = np.flatnonzero((items == wanted[:, None]).any(1))
     told = states(bench, log, [cases[at] for at in held], label)
-    fused = np.zeros(items.shape)  # a target that its list does not hold stays where it is
-    fused[held] = systems(bench, log, read_lists(bench, log, told, items[held], scores[held], label))["fused"]
-    places = {"retrieval": retrieved, "fused": protocol.place_reranked(retrieved, items, fused, wanted)}
+    read = systems(bench, log, read_lists(bench, log, told, items[held], scores[held], label))
+    places = {"retrieval": retrieved}
+    for name in ("odds", "fused"):
+        reranked = np.zeros(items.shape)  # a target that its list does not hold stays where it is
+        reranked[held] = read[name]
+        places[name] = protocol.place_reranked(retrieved, items, reranked, wanted)
     return {name: metrics.ndcg(of.greater, of.ties, CUTOFF) for name, of in places.items()}
 
 

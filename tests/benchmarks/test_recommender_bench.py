@@ -350,10 +350,12 @@ def test_where_nothing_was_right_nothing_is_lost(count: int) -> None:
 
 
 def test_only_the_fused_lists_of_the_group_are_marked() -> None:
-    whole = {"retrieval": np.array([1.0, 1.0, 0.0]), "fused": np.array([1.0, 0.5, 0.5])}
-    less = {"retrieval": np.array([0.0, 1.0, 0.0]), "fused": np.array([0.5, 0.5, 0.0])}
+    odds = np.ones(3)
+    whole = {"retrieval": np.array([1.0, 1.0, 0.0]), "odds": odds, "fused": np.array([1.0, 0.5, 0.5])}
+    less = {"retrieval": np.array([0.0, 1.0, 0.0]), "odds": odds, "fused": np.array([0.5, 0.5, 0.0])}
     found = shop.compared(whole, less, np.array([0, 2]), 0.3)
     assert found["retrieval"]["loss"]["value"] == 1 and "mark" not in found["retrieval"]["loss"]
+    assert found["odds"]["loss"]["value"] == 0 and "mark" not in found["odds"]["loss"]
     assert found["fused"]["loss"]["value"] == pytest.approx(2 / 3) and found["fused"]["loss"]["met"]
     assert (found["fused"]["whole"]["value"], found["fused"]["less"]["value"]) == (0.75, 0.25)
     assert "mark" not in shop.compared(whole, less, np.array([0, 2]), None)["fused"]["loss"]
