@@ -138,6 +138,7 @@ GOOD = "It meets the taste for hat."
         "It is red, like b the title (1981).",  # no such title
         "It meets the taste for red and red.",
         "It meets the taste for hat, Red, and red.",
+        "It is red, like b the title and b the title.",
         "Red.",  # an echo of the item
         "Red and wool.",
         "Red hat. b the title.",
@@ -211,9 +212,10 @@ def test_another_version_of_a_choice_is_said_to_be_one() -> None:
     narrow = of_share(hat=0.1, red=0.1, wool=0.1).rates
     catalogue = replace(named(b="Basic tee", c="Basic tee", d="Basic tee"), rates=narrow)
     version = Sentence("Another version of Basic tee, chosen before.", "evidence", (), ("d",))
-    made = reason("It is red, like Basic tee. Yes", catalogue=catalogue, history="abd")  # d is the newest of the name
-    assert made.sentences[0] == version
-    assert made.sentences[1].by == made.by == "model"
+    text = "It is red, like a the title."
+    made = reason(f"{text} Yes", catalogue=catalogue, history="abd")  # d is the newest of the name
+    assert made.sentences == (version, model(text, ["red"], "a"))
+    assert made.by == "model"
     made = reason("", catalogue=catalogue, history="abd")
     assert made.sentences[0] == version and made.by == "evidence" and len(made.sentences) == 2
     # Neither the item itself, chosen before, nor an item of another title is another version of it.
@@ -222,19 +224,30 @@ def test_another_version_of_a_choice_is_said_to_be_one() -> None:
     assert all("version" not in sentence.text for sentence in reason("", catalogue=catalogue, history="ac").sentences)
 
 
-def test_a_choice_that_the_item_is_another_version_of_is_named_once_but_for_a_taste() -> None:
+def test_a_choice_that_the_item_is_another_version_of_is_named_once() -> None:
     catalogue = replace(named(b="Basic tee", c="Basic tee", d="Basic tee"), rates=of_share(red=0.5, hat=0.1).rates)
     version = Sentence("Another version of Basic tee, chosen before.", "evidence", (), ("d",))
-    nothing, broad = make_state(), make_state("red")
+    nothing, broad, narrow = make_state(), make_state("red"), make_state("hat", "red")
     for state in (nothing, broad):
         for company, kin in (("d", "d"), ("b", ""), ("", "d"), ("", "")):
             assert reason("", "c", company, kin, catalogue=catalogue, state=state) == Reason((version,))
         assert reason("", "c", "d", "e", catalogue=catalogue, state=state).events == ("d", "e")
         assert reason("", "c", "a", "d", catalogue=catalogue, state=state).events == ("d", "a")
-    written = "It meets the taste for red, like Basic tee. Yes"
-    assert reason(written, "c", "d", catalogue=catalogue, state=broad) == Reason((version,))
-    told = reason("", "c", "d", "d", catalogue=catalogue, state=make_state("hat"))
-    assert told.sentences[0] == version and told.facts == ("hat",)
+    for written in ("", "It meets the taste for hat, like Basic tee. Yes", "Basic tee meets the taste for hat. Yes"):
+        # b is a red hat as well, but called so too
+        told = reason(written, "c", "d", "d", catalogue=catalogue, state=narrow)
+        taste = Sentence("It meets the taste for hat and red, like a the title.", "evidence", ("hat", "red"), ("a",))
+        assert told == Reason((version, taste))
+        alone = Sentence("It meets the taste for hat and red.", "evidence", ("hat", "red"), ())
+        told = reason(written, "c", history="bd", catalogue=catalogue, state=narrow)
+        assert told == Reason((version, alone))
+
+
+@pytest.mark.parametrize("first", ["Basic tee", "Basic tee (Things)"])
+def test_two_versions_of_one_choice_are_not_two_choices(first: str) -> None:
+    catalogue = named(a="Basic tee", b="Basic tee")
+    made = reason(f"It is red, like {first} and Basic tee. {GOOD} Yes", catalogue=catalogue)
+    assert made == Reason((model(GOOD, ["hat"]),))
 
 
 def test_of_events_with_one_title_the_newest_of_which_it_is_true_is_meant() -> None:
@@ -372,6 +385,17 @@ def test_of_events_that_say_as_much_the_evidence_names_first_what_moves_the_scor
     )
     assert like(None) == like(np.zeros((1, 2))) == ("f", "c")
     assert like(np.array([[1.0, 0.1]])) == ("c", "f")
+
+
+def test_of_the_others_that_is_named_first_which_moves_the_score_where_a_version_is_named() -> None:
+    narrow = of_share(hat=0.1, red=0.1, wool=0.1).rates
+    catalogue = replace(named(b="Tee", c="Tee"), rates=narrow)
+    for falls, expected in (([0.5, 9.0, 1.0], "bfa"), ([9.0, 0.0, 1.0], "baf")):
+        # red alone is a taste: a has as much of it as f, which is a red hat of wool as well
+        (made,) = explain(
+            FakeMllm(), catalogue, make_state("red"), place("abf"), [2], [None], [None], (), np.array([falls])
+        )
+        assert "".join(made.events) == expected
 
 
 @given(

@@ -95,8 +95,8 @@ def explain(
     "No". Otherwise the evidence gives the reason: tastes that are met, else the history item that is chosen `together`
     with it, else the one `similar` in content (catalogue positions or None; see `Retriever.nearest_events`). Tastes
     that tell little (`_weak`) come last, whoever names them.
-    Before either it is said if the item is another version (colour, size, issue) of a choice: of the same title. Such a
-    choice is not named a second time but for a taste.
+    Before either it is said if the item is another version (colour, size, issue) of a choice: of the same title. That
+    title is not named again.
 
     Args:
         history, disliked: the items that the user did not dislike and did, oldest first.
@@ -116,14 +116,16 @@ def explain(
         if answer is None or answer[1] == "Yes":
             kept = _checked(text[: answer.start(1)] if answer else text, catalogue, state, calls, item)
         version = _version(catalogue, item, history)
-        if version:  # log and content most often point to that very choice
-            name = title(catalogue, item)
-            company, kin = (
-                None if event is None or title(catalogue, event) == name else event for event in (company, kin)
-            )
+        others = history
+        if version:  # log, content and tastes most often point to that very choice
+            other = np.array([title(catalogue, event) != title(catalogue, item) for event in history.tolist()])
+            others, falling = history[other], None if falling is None else falling[other]
+            named = {catalogue.ids[event] for event in history[~other].tolist()}
+            kept = [sentence for sentence in kept if named.isdisjoint(sentence.events)]
+            company, kin = (None if event is None or event not in others else event for event in (company, kin))
         if version or company is not None or kin is not None:
             kept = [sentence for sentence in kept if not _weak(catalogue, sentence.facts)]
-        found = find_evidence(state, catalogue, item, history, disliked, falling)
+        found = find_evidence(state, catalogue, item, others, disliked, falling)
         why = kept or _from_evidence(catalogue, item, found, company, kin, bool(version))
         reasons.append(Reason((*version, *why)))
     return reasons
@@ -166,7 +168,8 @@ def _checked(
         said = _named(rest, possible)
         named = [fact for fact in said if fact in tellable]
         whole = _SHARED.search(rest) is not None
-        events = [_meant(names[name], catalogue, item, named or tellable, whole) for name in dict.fromkeys(called)]
+        events = [_meant(names[name], catalogue, item, named or tellable, whole) for name in called]
+        titles = {title(catalogue, event) for event in events if event is not None}
         sound = (
             sentence.endswith((".", "!", "?"))
             and not DENIAL.search(rest)
@@ -175,6 +178,7 @@ def _checked(
             and true.issuperset(said)
             and (not _TASTE.search(rest) or set(said) <= set(tastes))
             and None not in events
+            and len(titles) == len(called)  # likened to one title twice
             and not _NUMBER.search(rest)
             and (set(events) != {item} or not _COMPARED.search(rest))  # likened to itself
         )
