@@ -202,10 +202,26 @@ def test_a_title_that_is_but_a_fact_or_grammar_names_no_event() -> None:
     assert reason("It is red, like It (Things). Yes", catalogue=catalogue).events == ("b",)
 
 
-def test_an_event_with_the_items_own_title_is_an_event() -> None:
+def test_a_name_that_may_mean_the_item_names_no_event() -> None:
+    written = "It is red, like Basic tee. Yes"
+    version = Sentence("Another version of Basic tee, chosen before.", "evidence", (), ("b",))
+    made = reason(written, catalogue=named(b="Basic tee", c="Basic tee"))
+    assert (made.sentences[0], made.by) == (version, "evidence")
+    assert reason(written, catalogue=named(b="Basic tee", c="Basic tee"), history="a").by == "evidence"  # itself
+    catalogue = named(b="Basic tee (1)", c="Basic tee")
+    assert reason(written, catalogue=catalogue).by == "evidence"
+    assert reason("It is red, like Basic tee (1). Yes", catalogue=catalogue).events == ("b",)
+
+
+def test_a_version_in_another_category_is_not_named_again_either() -> None:
     catalogue = named(b="Basic tee", c="Basic tee")
-    assert reason("It is red, like Basic tee. Yes", catalogue=catalogue).events == ("b",)
-    assert reason("It is red, like Basic tee. Yes", catalogue=catalogue, history="a").by == "evidence"  # itself
+    lines = [
+        line.replace("Basic tee (Things)", "Basic tee (Tops)") if i == 1 else line
+        for i, line in enumerate(catalogue.lines)
+    ]
+    catalogue = replace(catalogue, lines=lines)
+    made = reason("It is red, like Basic tee (Tops). Yes", catalogue=catalogue)
+    assert [sentence.events for sentence in made.sentences if "b" in sentence.events] == [("b",)]
 
 
 def test_another_version_of_a_choice_is_said_to_be_one() -> None:

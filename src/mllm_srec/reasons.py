@@ -153,7 +153,7 @@ def _checked(
 
     A sentence is kept if it is whole, denies nothing and says nothing twice, its words are the item's, it names a met
     taste or an event and does more than that, no fact that the item has not, nothing but tastes as tastes, and only
-    events that share what it says.
+    events that share what it says, by names that the item has not.
     """
     facts, own, tastes = catalogue.facts[item], catalogue.candidates[item], state.phrases
     tellable = {fact for fact in facts if fact in tastes or not mere_word(catalogue, fact)}
@@ -162,7 +162,8 @@ def _checked(
     possible = {*facts, *tastes, *short}
     true = {*facts, *_named(own, possible)}
     # A title that is but a fact's name ("Dress") names no event.
-    names = names_of(catalogue, [item]) | {name: of for name, of in calls.items() if name.lower() not in possible}
+    own_names = names_of(catalogue, [item])
+    names = own_names | {name: of for name, of in calls.items() if name.lower() not in possible}
     kept = []
     for sentence, rest, called in sentences(text, names):
         said = _named(rest, possible)
@@ -179,6 +180,7 @@ def _checked(
             and (not _TASTE.search(rest) or set(said) <= set(tastes))
             and None not in events
             and len(titles) == len(called)  # likened to one title twice
+            and not any(name in own_names and name in calls for name in called)  # the item, or the choice?
             and not _NUMBER.search(rest)
             and (set(events) != {item} or not _COMPARED.search(rest))  # likened to itself
         )
