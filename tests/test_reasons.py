@@ -219,7 +219,7 @@ def test_a_version_in_another_category_is_not_named_again_either() -> None:
         line.replace("Basic tee (Things)", "Basic tee (Tops)") if i == 1 else line
         for i, line in enumerate(catalogue.lines)
     ]
-    catalogue = replace(catalogue, lines=lines)
+    catalogue = replace(catalogue, lines=lines, rates=of_share(hat=0.1, red=0.1, wool=0.1).rates)
     made = reason("It is red, like Basic tee (Tops). Yes", catalogue=catalogue)
     assert [sentence.events for sentence in made.sentences if "b" in sentence.events] == [("b",)]
 
